@@ -1,0 +1,5 @@
+"""`python -m shardpar` is the `shardpar` command."""
+
+from shardpar.cli.main import run
+
+run()

@@ -1,0 +1,113 @@
+"""Every rule that crosses objects: a plan against its layer graph and its cluster."""
+
+from __future__ import annotations
+
+from shardpar.errors import PlanError
+from shardpar.spec.cluster import Cluster
+from shardpar.spec.graph import Layer, LayerGraph
+from shardpar.spec.layout import Mesh
+from shardpar.spec.parameters import activation_layout, optimizer_layout
+from shardpar.spec.plan import LayerStrategy, Pipeline, Plan
+from shardpar.spec.select import strategies, summarise
+
+
+def check(plan: Plan, graph: LayerGraph, cluster: Cluster | None = None) -> None:
+    """Verifies that a plan can run this model on these devices.
+
+    Every layer has exactly one strategy in each pipeline, stages follow the
+    model's order, every split divides the dim it splits, the devices exist.
+
+    Args:
+      plan: the plan.
+      graph: the model it is for.
+      cluster: the devices; None skips the rules about them.
+
+    Raises:
+      PlanError: naming the layer, the parameter or the devices, and what to write instead.
+    """
+    if cluster is not None:
+        missing = [d for d in plan.devices if d >= cluster.num_devices or d < 0]
+        if missing:
+            raise PlanError(
+                f"the plan uses devices {_ranges(plan.devices)} but cluster "
+                f'"{cluster.name}" has {cluster.num_devices} (0 to {cluster.num_devices - 1}); '
+                "plan again for this cluster, or start with more devices"
+            )
+    for number, pipeline in enumerate(plan.pipelines):
+        try:
+            _check_pipeline(pipeline, plan, graph)
+        except PlanError as error:
+            where = f"pipeline {number}: " if len(plan.pipelines) > 1 else ""
+            raise PlanError(where + str(error)) from None
+
+
+def _check_pipeline(pipeline: Pipeline, plan: Plan, graph: LayerGraph) -> None:
+    position = 0
+    for stage in pipeline.stages:
+        chosen = strategies(stage, graph)
+        expected = [layer.name for layer in graph.layers[position : position + len(chosen)]]
+        if set(chosen) != set(expected):
+            stray = [n for n in chosen if n not in expected]
+            raise PlanError(
+                f"the stage on devices {_ranges(stage.devices)} has layers "
+                f"{summarise([x.name for x in graph.layers if x.name in chosen])}, but the next "
+                f"{len(chosen)} layers of the model are {summarise(expected)}; "
+                f"{summarise(stray)} {'is' if len(stray) == 1 else 'are'} out of place"
+            )
+        position += len(chosen)
+        seen: set[tuple[str, LayerStrategy]] = set()
+        for layer in graph.layers:
+            if layer.name in chosen and (layer.class_name, chosen[layer.name]) not in seen:
+                seen.add((layer.class_name, chosen[layer.name]))
+                try:
+                    _check_layer(layer, chosen[layer.name], pipeline, plan, graph, stage.mesh)
+                except PlanError as error:
+                    raise PlanError(f"layer {layer.name}: {error}") from None
+    rest = [layer.name for layer in graph.layers[position:]]
+    if rest:
+        raise PlanError(
+            f"{summarise(rest)} {'has' if len(rest) == 1 else 'have'} no strategy; "
+            "add an entry under layers"
+        )
+
+
+def _check_layer(
+    layer: Layer,
+    strategy: LayerStrategy,
+    pipeline: Pipeline,
+    plan: Plan,
+    graph: LayerGraph,
+    mesh: Mesh,
+) -> None:
+    cls = graph.class_of(layer)
+    for parameter in (*cls.parameters, *cls.tied):
+        optimizer_layout(parameter, strategy, mesh, plan.tensor_dims)
+    shards = mesh.size_of(strategy.data_axes(mesh))
+    if pipeline.microbatch % shards:
+        raise PlanError(
+            f"micro-batches of {pipeline.microbatch} sequences cannot be split over "
+            f"{shards} data shards (axes {','.join(strategy.data_axes(mesh))}); "
+            f"use a multiple of {shards}"
+        )
+    for activation in (*cls.inputs, *cls.outputs):
+        layout = activation_layout(activation, strategy, mesh)
+        dim = activation.sequence_dim
+        if layout is None or not strategy.sequence_parallel or dim in (None, activation.batch_dim):
+            continue
+        size, parts = activation.shape[dim], mesh.size_of(strategy.tensor)
+        if size % parts:
+            raise PlanError(
+                f"sequence length {size} is not divisible by tensor axes "
+                f"{','.join(strategy.tensor)} ({parts}); set sequence_parallel: false"
+            )
+
+
+def _ranges(devices: tuple[int, ...]) -> str:
+    """Device numbers, consecutive ones as a range: "0-7", "0,2,4-5"."""
+    runs: list[list[int]] = []
+    for device in devices:
+        if runs and runs[-1][-1] == device - 1:
+            runs[-1].append(device)
+        else:
+            runs.append([device])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

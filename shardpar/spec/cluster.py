@@ -1,0 +1,168 @@
+"""The machines: what each device can compute and hold, and how fast they reach each other.
+
+A cluster is a list of hosts with equal devices inside each; devices are numbered
+host by host. Every figure carries where it came from, because a plan is only as
+true as the rates under it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from shardpar.errors import SpecError
+
+Source = Literal["measured", "datasheet", "assumed"]
+
+
+@dataclass(frozen=True)
+class DeviceKind:
+    """One kind of device.
+
+    Attributes:
+      name: e.g. "h100-sxm"; hosts refer to it.
+      matmul_flops: (dtype name, dense FLOP/s) pairs; the peak that MFU is measured against.
+      efficiency: share of that peak a well-shaped matmul reaches.
+      memory_bytes: device memory.
+      memory_bandwidth: bytes per second to and from it.
+      source: where the rates came from.
+      note: the datasheet or the command that measured them.
+    """
+
+    name: str
+    matmul_flops: tuple[tuple[str, float], ...]
+    memory_bytes: float
+    memory_bandwidth: float
+    efficiency: float = 0.6
+    source: Source = "datasheet"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.matmul_flops:
+            raise SpecError(
+                f'device kind "{self.name}": matmul_flops is empty; give {{float32: …}}'
+            )
+        for what, value in (
+            *((f"matmul_flops.{k}", v) for k, v in self.matmul_flops),
+            ("memory_bytes", self.memory_bytes),
+            ("memory_bandwidth", self.memory_bandwidth),
+            ("efficiency", self.efficiency),
+        ):
+            if not (value > 0 and math.isfinite(value)):
+                raise SpecError(
+                    f'device kind "{self.name}": {what} is {value}; write a positive number'
+                )
+        if self.efficiency > 1:
+            raise SpecError(
+                f'device kind "{self.name}": efficiency is {self.efficiency}; '
+                "it is a share of the peak, at most 1"
+            )
+
+    def flops(self, dtype: str) -> float:
+        """Dense matmul FLOP/s for a dtype; an unlisted dtype runs at the slowest listed rate.
+
+        >>> DeviceKind("x", (("float32", 1.0), ("bfloat16", 2.0)), 1, 1).flops("bfloat16")
+        2.0
+        """
+        rates = dict(self.matmul_flops)
+        return rates.get(dtype, min(rates.values()))
+
+
+@dataclass(frozen=True)
+class Link:
+    """A connection one device has to its peers: bytes per second each way, and seconds of delay."""
+
+    bandwidth: float
+    latency_s: float = 1e-5
+    source: Source = "datasheet"
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.bandwidth > 0 and math.isfinite(self.bandwidth)):
+            raise SpecError(f"link: bandwidth is {self.bandwidth}; write positive bytes per second")
+        if not (self.latency_s >= 0 and math.isfinite(self.latency_s)):
+            raise SpecError(f"link: latency_s is {self.latency_s}; write seconds, 0 or more")
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """`count` equal machines with `devices` devices of one kind each."""
+
+    kind: str
+    devices: int
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.devices < 1 or self.count < 1:
+            raise SpecError(
+                f'hosts of kind "{self.kind}": {self.count} hosts with {self.devices} devices; '
+                "both must be at least 1"
+            )
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Hosts, the kinds of their devices, and the links inside a host and between hosts.
+
+    >>> kind = DeviceKind("x", (("float32", 1e12),), memory_bytes=16e9, memory_bandwidth=1e11)
+    >>> cluster = Cluster("two", (kind,), (Hosts("x", 4, 2),), Link(1e11), Link(1e10))
+    >>> cluster.num_devices, cluster.host_of(5)
+    (8, 1)
+    """
+
+    name: str
+    kinds: tuple[DeviceKind, ...]
+    hosts: tuple[Hosts, ...]
+    intra_host: Link
+    inter_host: Link
+
+    def __post_init__(self) -> None:
+        names = [kind.name for kind in self.kinds]
+        if len(set(names)) != len(names):
+            raise SpecError(f'cluster "{self.name}": a device kind is listed twice: {names}')
+        if not self.hosts:
+            raise SpecError(f'cluster "{self.name}": it has no hosts')
+        for hosts in self.hosts:
+            if hosts.kind not in names:
+                raise SpecError(
+                    f'cluster "{self.name}": hosts are of kind "{hosts.kind}", '
+                    f"which is not among its kinds: {', '.join(names)}"
+                )
+
+    @cached_property
+    def _placement(self) -> tuple[tuple[str, int], ...]:
+        placed: list[tuple[str, int]] = []
+        host = 0
+        for hosts in self.hosts:
+            for _ in range(hosts.count):
+                placed += [(hosts.kind, host)] * hosts.devices
+                host += 1
+        return tuple(placed)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices in all."""
+        return sum(hosts.count * hosts.devices for hosts in self.hosts)
+
+    def kind_of(self, device: int) -> DeviceKind:
+        """The kind of a device, by its number."""
+        self._require(device)
+        return next(kind for kind in self.kinds if kind.name == self._placement[device][0])
+
+    def host_of(self, device: int) -> int:
+        """The number of the host a device sits in."""
+        self._require(device)
+        return self._placement[device][1]
+
+    def link_among(self, devices: tuple[int, ...]) -> Link:
+        """The slowest link a collective over these devices must cross."""
+        hosts = {self.host_of(device) for device in devices}
+        return self.intra_host if len(hosts) <= 1 else self.inter_host
+
+    def _require(self, device: int) -> None:
+        if not 0 <= device < self.num_devices:
+            raise SpecError(
+                f'cluster "{self.name}" has devices 0 to {self.num_devices - 1}; got {device}'
+            )

@@ -1,0 +1,186 @@
+"""The only contract between the planner and lowering: which layers run where, and how.
+
+Plan > Pipeline > Stage > LayerStrategy. A strategy names mesh axes: the axes of
+`tensor` split the layer's heads, hidden dim or vocabulary; those of `fsdp` split
+its parameters at rest; every axis that is not in `tensor` splits the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from shardpar.errors import PlanError
+from shardpar.spec.layout import Axes, Mesh
+
+Recompute = Literal["none", "selective", "full"]
+Schedule = Literal["1f1b", "gpipe"]
+
+TENSOR_DIMS = ("vocab", "mlp", "heads", "kv_heads", "expert")
+"""Logical names that tensor parallelism may split, unless a plan lists others."""
+
+
+@dataclass(frozen=True)
+class LayerStrategy:
+    """How some layers run.
+
+    Attributes:
+      layers: which, as text: "embed", "blocks[3]", "blocks[0:20]", "embed..blocks[14]".
+      tensor: axes of tensor parallelism.
+      fsdp: axes that split parameters, gradients and optimizer state (ZeRO-3).
+      zero1: axes that split the optimizer state only (ZeRO-1).
+      sequence_parallel: between layers, activations are split over `tensor` along
+        the sequence (Megatron-LM, arXiv 2205.05198).
+      recompute: what the backward computes again: nothing; all but matmul
+        results; the whole layer from its input.
+    """
+
+    layers: str
+    tensor: Axes = ()
+    fsdp: Axes = ()
+    zero1: Axes = ()
+    sequence_parallel: bool = False
+    recompute: Recompute = "none"
+
+    def __post_init__(self) -> None:
+        used = (*self.tensor, *self.fsdp, *self.zero1)
+        if len(set(used)) != len(used):
+            raise PlanError(
+                f"layers {self.layers}: an axis is used twice in tensor {list(self.tensor)}, "
+                f"fsdp {list(self.fsdp)}, zero1 {list(self.zero1)}; each axis may serve one of them"
+            )
+        if self.sequence_parallel and not self.tensor:
+            raise PlanError(
+                f"layers {self.layers}: sequence_parallel splits over the tensor axes, "
+                "and there are none; drop it or give tensor axes"
+            )
+        if self.recompute not in get_args(Recompute):
+            raise PlanError(
+                f"layers {self.layers}: recompute is {self.recompute!r}; "
+                "write none, selective or full"
+            )
+
+    def data_axes(self, mesh: Mesh) -> Axes:
+        """The axes that split the batch: all that tensor parallelism does not take."""
+        return mesh.without(self.tensor)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Some consecutive layers on some devices.
+
+    `peak_bytes` is the planner's prediction per device; None in a plan written by hand.
+    """
+
+    devices: tuple[int, ...]
+    mesh: Mesh
+    layers: tuple[LayerStrategy, ...]
+    peak_bytes: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(set(self.devices)) != len(self.devices):
+            raise PlanError(f"a stage lists a device twice: {list(self.devices)}")
+        if min(self.devices, default=0) < 0:
+            raise PlanError(f"a stage lists device {min(self.devices)}; the first device is 0")
+        if self.mesh.num_devices != len(self.devices):
+            raise PlanError(
+                f"a stage has {len(self.devices)} devices but its mesh {self.mesh} holds "
+                f"{self.mesh.num_devices}; their numbers must agree"
+            )
+        if not self.layers:
+            raise PlanError(f"the stage on devices {list(self.devices)} has no layers")
+        for strategy in self.layers:
+            self.mesh.size_of((*strategy.tensor, *strategy.fsdp, *strategy.zero1))
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages that pass micro-batches along, and the share of the global batch they take.
+
+    Attributes:
+      sequences: sequences of the global batch this pipeline trains on.
+      microbatch: sequences in one micro-batch, over all the first stage's data shards.
+      schedule: order of forwards and backwards.
+      stages: in model order.
+    """
+
+    sequences: int
+    microbatch: int
+    stages: tuple[Stage, ...]
+    schedule: Schedule = "1f1b"
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or self.microbatch < 1:
+            raise PlanError(
+                f"a pipeline has {self.sequences} sequences in micro-batches of "
+                f"{self.microbatch}; both must be at least 1"
+            )
+        if self.sequences % self.microbatch:
+            raise PlanError(
+                f"a pipeline's {self.sequences} sequences cannot be cut into micro-batches "
+                f"of {self.microbatch}; use a divisor of {self.sequences}"
+            )
+        if self.schedule not in get_args(Schedule):
+            raise PlanError(f"schedule is {self.schedule!r}; write 1f1b or gpipe")
+        if not self.stages:
+            raise PlanError("a pipeline has no stages")
+
+    @property
+    def num_microbatches(self) -> int:
+        """How many micro-batches one step has."""
+        return self.sequences // self.microbatch
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the planner predicted: a step's seconds, a bound no plan beats, and the search's cost.
+
+    `gap` is (step_s - lower_bound_s) / step_s.
+    """
+
+    step_s: float
+    lower_bound_s: float
+    search_s: float
+
+    @property
+    def gap(self) -> float:
+        """How much better, at most, any other plan of the searched space could be."""
+        return max(0.0, (self.step_s - self.lower_bound_s) / self.step_s) if self.step_s else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole plan.
+
+    Attributes:
+      cluster: name of the cluster it was made for.
+      global_batch: sequences per optimizer step, over all pipelines.
+      pipelines: one or more.
+      objective: the prediction; None in a plan written by hand.
+      tensor_dims: logical dim names that tensor parallelism splits.
+    """
+
+    cluster: str
+    global_batch: int
+    pipelines: tuple[Pipeline, ...]
+    objective: Objective | None = None
+    tensor_dims: tuple[str, ...] = TENSOR_DIMS
+
+    def __post_init__(self) -> None:
+        if not self.pipelines:
+            raise PlanError("a plan has no pipelines; give it at least one")
+        shares = [pipeline.sequences for pipeline in self.pipelines]
+        if sum(shares) != self.global_batch:
+            raise PlanError(
+                f"the pipelines take {' + '.join(map(str, shares))} = {sum(shares)} "
+                f"sequences, but global_batch is {self.global_batch}"
+            )
+        devices = [d for p in self.pipelines for s in p.stages for d in s.devices]
+        if len(set(devices)) != len(devices):
+            twice = sorted({d for d in devices if devices.count(d) > 1})
+            raise PlanError(f"devices {twice} belong to more than one stage")
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """All devices the plan uses, in stage order."""
+        return tuple(d for p in self.pipelines for s in p.stages for d in s.devices)

@@ -1,0 +1,19 @@
+"""Eight virtual CPU devices for every test, and one compilation cache for the whole session.
+
+Both are asked for before jax starts its backend. Many tests train the same tiny
+model; compiling it once is most of what they would otherwise do.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import jax
+
+from shardpar.lowering.devices import use_virtual_devices
+
+CACHE = Path(os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp("-shardpar-xla")))
+
+use_virtual_devices(8)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,0 +1,164 @@
+"""Clusters, devices and links; datasheets by the name jax gives a device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+
+from shardpar.errors import SpecError
+from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
+from shardpar.spec.datasheet import KNOWN, lookup
+from shardpar.spec.text import cluster_from_text
+from tests.spec.values import clusters
+
+FAST = DeviceKind("fast", (("bfloat16", 4.0), ("float32", 1.0)), 80.0, 3.0)
+SLOW = DeviceKind("slow", (("float32", 2.0),), 16.0, 1.0)
+INTRA, INTER = Link(8.0), Link(1.0)
+MIXED = Cluster("m", (FAST, SLOW), (Hosts("slow", 2, 2), Hosts("fast", 3)), INTRA, INTER)
+FILES = sorted((Path(__file__).parents[2] / "configs" / "clusters").glob("*.yaml"))
+
+
+def test_devices_are_numbered_host_by_host():
+    assert MIXED.num_devices == 7
+    assert [MIXED.host_of(d) for d in range(7)] == [0, 0, 1, 1, 2, 2, 2]
+    assert [MIXED.kind_of(d).name for d in range(7)] == ["slow"] * 4 + ["fast"] * 3
+
+
+@given(clusters())
+def test_every_device_has_a_host_and_a_kind(cluster):
+    placed = [(cluster.host_of(d), cluster.kind_of(d).name) for d in range(cluster.num_devices)]
+    expected = []
+    for hosts in cluster.hosts:
+        for _ in range(hosts.count):
+            number = expected[-1][0] + 1 if expected else 0
+            expected += [(number, hosts.kind)] * hosts.devices
+    assert placed == expected
+
+
+@pytest.mark.parametrize(
+    ("devices", "link"),
+    [
+        ((), INTRA),
+        ((3,), INTRA),
+        ((0, 1), INTRA),
+        ((1, 2), INTER),
+        ((4, 6), INTRA),
+        ((0, 4), INTER),
+    ],
+)
+def test_a_collective_crosses_the_slowest_link_between_its_devices(devices, link):
+    assert MIXED.link_among(devices) is link
+
+
+@pytest.mark.parametrize("device", [-1, 7])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(SpecError) as error:
+        MIXED.kind_of(device)
+    assert str(error.value) == f'cluster "m" has devices 0 to 6; got {device}'
+
+
+def test_an_unlisted_dtype_runs_at_the_slowest_listed_rate():
+    assert [FAST.flops(d) for d in ("bfloat16", "float32", "int8")] == [4.0, 1.0, 1.0]
+
+
+def kind(**changed):
+    fields = {"memory_bytes": 1.0, "memory_bandwidth": 1.0, "matmul_flops": (("float32", 1.0),)}
+    return DeviceKind("k", **{**fields, **changed})
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: kind(matmul_flops=()),
+            'device kind "k": matmul_flops is empty; give {float32: …}',
+        ),
+        (
+            lambda: kind(matmul_flops=(("float32", 1.0), ("int8", 0.0))),
+            'device kind "k": matmul_flops.int8 is 0.0; write a positive number',
+        ),
+        (
+            lambda: kind(memory_bytes=float("nan")),
+            'device kind "k": memory_bytes is nan; write a positive number',
+        ),
+        (
+            lambda: kind(memory_bandwidth=float("inf")),
+            'device kind "k": memory_bandwidth is inf; write a positive number',
+        ),
+        (lambda: kind(efficiency=0), 'device kind "k": efficiency is 0; write a positive number'),
+        (
+            lambda: kind(efficiency=60),
+            'device kind "k": efficiency is 60; it is a share of the peak, at most 1',
+        ),
+        (lambda: Link(0), "link: bandwidth is 0; write positive bytes per second"),
+        (lambda: Link(1, -1), "link: latency_s is -1; write seconds, 0 or more"),
+        (
+            lambda: Hosts("k", 0, 2),
+            'hosts of kind "k": 2 hosts with 0 devices; both must be at least 1',
+        ),
+        (
+            lambda: Cluster("c", (FAST, FAST), (Hosts("fast", 1),), INTRA, INTER),
+            "cluster \"c\": a device kind is listed twice: ['fast', 'fast']",
+        ),
+        (lambda: Cluster("c", (FAST,), (), INTRA, INTER), 'cluster "c": it has no hosts'),
+        (
+            lambda: Cluster("c", (FAST, SLOW), (Hosts("k", 1),), INTRA, INTER),
+            'cluster "c": hosts are of kind "k", which is not among its kinds: fast, slow',
+        ),
+    ],
+)
+def test_a_cluster_that_cannot_be_is_refused(build, message):
+    with pytest.raises(SpecError) as error:
+        build()
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("jax_name", "kind"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40g"),
+        ("TPU v6 lite", "tpu-v6e"),
+        ("TPU v5p", "tpu-v5p"),
+        ("TPU v5", "tpu-v5p"),
+        ("TPU v5 lite", "tpu-v5e"),
+        ("TPU v5e", "tpu-v5e"),
+        ("cpu", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_a_device_is_looked_up_by_the_name_jax_gives_it(jax_name, kind):
+    found = lookup(jax_name)
+    assert (found and found[0].name) == kind
+
+
+def test_datasheets_are_plausible():
+    for _, sheet, link in KNOWN:
+        assert sheet.flops("bfloat16") >= 2 * sheet.flops("float32") * 0.999, sheet.name
+        assert 16e9 <= sheet.memory_bytes <= 200e9, sheet.name
+        assert link.bandwidth < sheet.memory_bandwidth < sheet.flops("float32"), sheet.name
+        assert sheet.source == link.source == "datasheet"
+        assert sheet.note
+        assert link.note
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_clusters_that_come_with_shardpar_load(file):
+    cluster = cluster_from_text(file.read_text(), str(file))
+    assert cluster.name == file.stem
+    assert cluster.num_devices == int(file.stem.replace("x", "-").rsplit("-", 1)[1])
+    sheets = {sheet.name: (sheet, link) for _, sheet, link in KNOWN}
+    for device in cluster.kinds:
+        assert (device, cluster.intra_host.bandwidth) == (
+            sheets[device.name][0],
+            sheets[device.name][1].bandwidth,
+        )
+
+
+def test_there_are_clusters_to_load():
+    assert {"h100x8", "h100x64", "tpu-v5e-8"} <= {file.stem for file in FILES}

@@ -1,0 +1,100 @@
+"""The plan's own values: what each of them refuses, with the whole message."""
+
+from __future__ import annotations
+
+import pytest
+
+from shardpar.errors import PlanError, SpecError
+from shardpar.spec.layout import Mesh
+from shardpar.spec.plan import LayerStrategy, Objective, Pipeline, Plan, Stage
+
+ALL = (LayerStrategy("all"),)
+ONE = Stage((0,), Mesh(), ALL)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: LayerStrategy("embed", tensor=("a",), fsdp=("b",), zero1=("a",)),
+            "layers embed: an axis is used twice in tensor ['a'], fsdp ['b'], zero1 ['a']; "
+            "each axis may serve one of them",
+        ),
+        (
+            lambda: LayerStrategy("embed", fsdp=("a",), sequence_parallel=True),
+            "layers embed: sequence_parallel splits over the tensor axes, and there are none; "
+            "drop it or give tensor axes",
+        ),
+        (
+            lambda: LayerStrategy("embed", recompute="all"),
+            "layers embed: recompute is 'all'; write none, selective or full",
+        ),
+        (lambda: Stage((1, 0, 1), Mesh(), ALL), "a stage lists a device twice: [1, 0, 1]"),
+        (
+            lambda: Stage((0, -1), Mesh.factored(2), ALL),
+            "a stage lists device -1; the first device is 0",
+        ),
+        (
+            lambda: Stage((0, 1, 2), Mesh.factored(2), ALL),
+            "a stage has 3 devices but its mesh {a: 2} holds 2; their numbers must agree",
+        ),
+        (
+            lambda: Stage((), Mesh(), ALL),
+            "a stage has 0 devices but its mesh {} holds 1; their numbers must agree",
+        ),
+        (lambda: Stage((4,), Mesh(), ()), "the stage on devices [4] has no layers"),
+        (
+            lambda: Stage((0, 1), Mesh.factored(2), (LayerStrategy("all", zero1=("b",)),)),
+            'the mesh has no axis "b"; its axes are a',
+        ),
+        (
+            lambda: Pipeline(8, 0, (ONE,)),
+            "a pipeline has 8 sequences in micro-batches of 0; both must be at least 1",
+        ),
+        (
+            lambda: Pipeline(8, 3, (ONE,)),
+            "a pipeline's 8 sequences cannot be cut into micro-batches of 3; use a divisor of 8",
+        ),
+        (lambda: Pipeline(8, 8, (ONE,), "zigzag"), "schedule is 'zigzag'; write 1f1b or gpipe"),
+        (lambda: Pipeline(8, 8, ()), "a pipeline has no stages"),
+        (lambda: Plan("x", 0, ()), "a plan has no pipelines; give it at least one"),
+        (
+            lambda: Plan("x", 8, (Pipeline(4, 2, (ONE,)), Pipeline(2, 1, (ONE,)))),
+            "the pipelines take 4 + 2 = 6 sequences, but global_batch is 8",
+        ),
+        (
+            lambda: Plan("x", 6, (Pipeline(4, 2, (ONE,)), Pipeline(2, 1, (ONE,)))),
+            "devices [0] belong to more than one stage",
+        ),
+    ],
+)
+def test_a_plan_that_contradicts_itself_is_refused(build, message):
+    with pytest.raises(SpecError) as error:
+        build()
+    assert str(error.value) == message
+    assert isinstance(error.value, PlanError) or "mesh has no axis" in message
+
+
+def test_the_batch_is_split_by_all_axes_but_the_tensor_ones():
+    mesh = Mesh.factored(8)
+    assert LayerStrategy("x", fsdp=("c",), zero1=("b",)).data_axes(mesh) == ("a", "b", "c")
+    assert LayerStrategy("x", tensor=("c", "a")).data_axes(mesh) == ("b",)
+
+
+def test_microbatches_and_devices_are_derived():
+    two = Stage((5, 3), Mesh.factored(2), ALL)
+    plan = Plan("x", 14, (Pipeline(12, 3, (ONE, two)), Pipeline(2, 1, (Stage((7,), Mesh(), ALL),))))
+    assert [p.num_microbatches for p in plan.pipelines] == [4, 2]
+    assert plan.devices == (0, 5, 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "bound", "gap"),
+    [(2.0, 1.5, 0.25), (2.0, 2.0, 0.0), (1.0, 2.0, 0.0), (0.0, 0.0, 0.0)],
+)
+def test_the_gap_is_what_another_plan_could_save_at_most(step_s, bound, gap):
+    assert Objective(step_s, bound, 0.0).gap == gap
+
+
+def test_equal_plans_are_equal_and_hash_alike():
+    assert len({Plan("x", 4, (Pipeline(4, 2, (ONE,)),)) for _ in range(2)}) == 1
