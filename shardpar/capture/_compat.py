@@ -1,0 +1,98 @@
+"""The only file of capture that touches jax's jaxpr internals.
+
+Checked with jax 0.10.2; the project pins the range these names were tested on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def as_function(closed: Any) -> Callable[..., list[Any]]:
+    """A closed jaxpr as a function of its flat inputs."""
+    return core.jaxpr_as_fun(closed)  # type: ignore[no-any-return]
+
+
+def is_literal(atom: Any) -> bool:
+    """Whether an equation's input is a constant written in place."""
+    return isinstance(atom, core.Literal)
+
+
+def is_dropped(var: Any) -> bool:
+    """Whether an equation's output is never used."""
+    return isinstance(var, core.DropVar)
+
+
+def run_equation(closed: Any, eqn: Any, read: Callable[[Any], Any]) -> dict[Any, Any]:
+    """Runs one equation of a program; returns the values of its outputs by variable."""
+    invars = list(dict.fromkeys(v for v in eqn.invars if not is_literal(v)))
+    outvars = [v for v in eqn.outvars if not is_dropped(v)]
+    values = as_function(subjaxpr(closed, [eqn], invars, outvars))(*map(read, invars))
+    return dict(zip(outvars, values, strict=True))
+
+
+def subjaxpr(
+    closed: Any, eqns: Sequence[Any], invars: Sequence[Any], outvars: Sequence[Any]
+) -> Any:
+    """A closed jaxpr of some equations; the original's constants become inputs where used."""
+    # The original's names of arguments and results do not fit the cut's.
+    info = closed.jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    jaxpr = closed.jaxpr.replace(
+        constvars=[], invars=list(invars), outvars=list(outvars), eqns=list(eqns), debug_info=info
+    )
+    return core.ClosedJaxpr(jaxpr, [])
+
+
+def call_jaxpr(eqn: Any) -> Any:
+    """The closed jaxpr a jit equation calls."""
+    return eqn.params["jaxpr"]
+
+
+def contains(closed: Any, test: Callable[[Any], bool]) -> bool:
+    """Whether any equation, at any depth, passes a test."""
+    for eqn in closed.jaxpr.eqns if hasattr(closed, "jaxpr") else closed.eqns:
+        if test(eqn):
+            return True
+        for sub in core.jaxprs_in_params(eqn.params):
+            if contains(sub, test):
+                return True
+    return False
+
+
+def residuals(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """The arrays a vjp of `function` keeps, its own arguments left out; call inside a trace."""
+    _, pullback = jax.vjp(function, *args)
+    own = {id(arg) for arg in args}
+    kept: dict[int, Any] = {}
+    for leaf in jax.tree.leaves(pullback):
+        if id(leaf) not in own:
+            kept[id(leaf)] = leaf
+    return list(kept.values())
+
+
+def matmul_flops(jaxpr: Any) -> tuple[float, float]:
+    """FLOPs of all matrix products in a jaxpr, and of those that have batch dims.
+
+    A product of an activation with a parameter has no batch dims; attention's
+    products of two activations have.
+    """
+    every = batched = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), (batch, _) = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            flops = 2.0 * math.prod(eqn.outvars[0].aval.shape)
+            flops *= math.prod(left[d] for d in contracted)
+            every += flops
+            batched += flops if batch else 0.0
+            continue
+        times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for sub in core.jaxprs_in_params(eqn.params):
+            inner, inner_batched = matmul_flops(sub)
+            every, batched = every + times * inner, batched + times * inner_batched
+    return every, batched
