@@ -1,0 +1,36 @@
+"""What a user may ask of the planner; kept apart so that reading a config is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+Degree = Annotated[int, Meta(ge=1)]
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """Section `plan` of a config.
+
+    Attributes:
+      file: a plan to use as it is, instead of searching.
+      cluster: a cluster file to plan for; None plans for the devices at hand.
+      memory_fraction: share of a device's memory the plan may fill.
+      data, fsdp, tensor: pin a degree; None lets the planner choose it.
+      sequence_parallel: pin Megatron sequence parallelism on or off.
+      recompute: pin the recompute choice.
+      microbatch: sequences per data shard that go through the model at once;
+        None lets the planner choose the largest that fits.
+    """
+
+    file: str | None = None
+    cluster: str | None = None
+    memory_fraction: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.9
+    data: Degree | None = None
+    fsdp: Degree | None = None
+    tensor: Degree | None = None
+    sequence_parallel: bool | None = None
+    recompute: Literal["none", "selective", "full"] | None = None
+    microbatch: Degree | None = None

@@ -1,0 +1,65 @@
+"""Predicted bytes per device against what XLA allots to the compiled step."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from models import gpt
+from shardpar.capture.trace import trace
+from shardpar.lowering.options import ProgramOptions
+from shardpar.lowering.program import Program
+from shardpar.planner.cost import Workload
+from shardpar.planner.options import SearchOptions
+from shardpar.planner.search import search
+from shardpar.spec.parameters import optimizer_layout, parameter_layout
+from tests.planner.cases import cluster_of
+
+BATCH, LENGTH = 64, 64
+
+
+@pytest.fixture(scope="module")
+def captured():
+    options = gpt.GPTOptions(vocab_size=512, layers=4, width=128, heads=4, max_length=LENGTH)
+    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+    return trace(
+        gpt.loss,
+        lambda rngs: gpt.build(options, rngs),
+        {"inputs": tokens, "targets": tokens},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("devices", "data", "fsdp", "tensor"), [(8, 8, 1, 1), (8, 1, 8, 1), (4, 1, 1, 4)]
+)
+def test_the_prediction_is_within_a_factor_of_two(captured, devices, data, fsdp, tensor):
+    pins = SearchOptions(
+        data=data, fsdp=fsdp, tensor=tensor, recompute="full", sequence_parallel=False,
+        microbatch=BATCH // data // fsdp,
+    )  # fmt: skip
+    found = search(captured.graph, cluster_of(devices), Workload(BATCH), pins)
+    program = Program(captured, found.plan, optax.adam(1e-3), ProgramOptions(layers="scan"))
+    memory = program.compiled_step.memory_analysis()
+    actual = (
+        memory.argument_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    assert actual / 2 < found.cost.peak_bytes < actual * 2
+    # What goes in is known to the byte: weights, two moments, the batch, and two counters.
+    (stage,) = found.plan.pipelines[0].stages
+    (strategy,) = stage.layers
+    elements = sum(
+        math.prod(layout(parameter, strategy, stage.mesh).shard_shape(parameter.shape))
+        for layout in (parameter_layout, optimizer_layout, optimizer_layout)
+        for _, _, parameter in captured.graph.parameters
+    )
+    tokens = 2 * BATCH * LENGTH // data // fsdp
+    assert memory.argument_size_in_bytes == 4 * (elements + tokens + 2)
+    print(f"{found.description}: {found.cost.peak_bytes / actual:.2f}")

@@ -1,0 +1,85 @@
+"""Rates of a group of devices, and which links a collective over some axes crosses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shardpar.planner.profile import OVERLAP, group, link_of, rates
+from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
+from shardpar.spec.layout import Mesh
+from shardpar.spec.plan import LayerStrategy, Stage
+from tests.spec.values import meshes
+
+FAST = DeviceKind(
+    "fast", (("bfloat16", 400.0), ("float32", 100.0)), 80.0, 30.0, 0.5, source="measured"
+)
+SLOW = DeviceKind("slow", (("float32", 90.0),), 16.0, 40.0, 0.25)
+NEAR, FAR = Link(10.0, source="assumed"), Link(1.0)
+CLUSTER = Cluster("c", (FAST, SLOW), (Hosts("fast", 3, 2), Hosts("slow", 2)), NEAR, FAR)
+
+
+def test_a_group_has_the_rates_of_its_slowest_and_smallest_device():
+    alone = rates(CLUSTER, (0, 1), "bfloat16")
+    assert (alone.flops, alone.memory_bandwidth, alone.memory_bytes) == (200.0, 30.0, 80.0)
+    assert rates(CLUSTER, (0,), "float32").flops == 50.0
+    mixed = rates(CLUSTER, (0, 6), "bfloat16")
+    assert (mixed.flops, mixed.memory_bandwidth, mixed.memory_bytes) == (22.5, 30.0, 16.0)
+    # What counts is the rate it reaches, not its peak.
+    proud = replace(SLOW, matmul_flops=(("float32", 110.0),))
+    boasting = replace(CLUSTER, kinds=(FAST, proud))
+    assert rates(boasting, (0, 6), "float32").flops == 27.5
+    assert (alone.overlap, mixed.overlap) == (OVERLAP, OVERLAP)
+
+
+def test_each_rate_says_where_it_came_from():
+    assert rates(CLUSTER, (0,), "bfloat16").sources == (
+        ("flops", "measured"),
+        ("memory", "measured"),
+        ("intra_host", "assumed"),
+        ("inter_host", "datasheet"),
+        ("efficiency", "assumed"),
+        ("overlap", "assumed"),
+    )
+    assert dict(rates(CLUSTER, (0, 6), "bfloat16").sources)["flops"] == "datasheet"
+
+
+@given(meshes(most=64), st.data())
+def test_a_group_is_the_slice_of_the_device_array_through_device_0(mesh, data):
+    axes = tuple(data.draw(st.sets(st.sampled_from(mesh.names)))) if mesh.names else ()
+    numbers = np.arange(mesh.num_devices).reshape(mesh.sizes)
+    index = tuple(slice(None) if name in axes else 0 for name in mesh.names)
+    assert group(mesh, axes) == tuple(numbers[index].reshape(-1).tolist())
+
+
+def links_by_hand(cluster, stage, axes):
+    """Every group, one by one."""
+    numbers = np.array(stage.devices).reshape(stage.mesh.sizes)
+    inside = [i for i, name in enumerate(stage.mesh.names) if name in axes]
+    moved = np.moveaxis(numbers, inside, range(len(inside)))
+    size = stage.mesh.size_of(axes)
+    for members in moved.reshape(size, -1).T:
+        yield cluster.link_among(tuple(members.tolist()))
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.data())
+def test_a_collective_is_as_slow_as_its_slowest_group(devices, hosts, data):
+    cluster = replace(CLUSTER, hosts=(Hosts("fast", devices, hosts),))
+    chosen = tuple(data.draw(st.permutations(range(cluster.num_devices))))
+    mesh = Mesh.factored(cluster.num_devices)
+    stage = Stage(chosen, mesh, (LayerStrategy("all"),))
+    axes = tuple(data.draw(st.sets(st.sampled_from(mesh.names)))) if mesh.names else ()
+    slow = FAR in set(links_by_hand(cluster, stage, axes))
+    assert link_of(cluster, stage, axes) is (FAR if slow else NEAR)
+
+
+@pytest.mark.parametrize(("axes", "link"), [(("a",), FAR), (("b",), FAR), ((), NEAR)])
+def test_a_group_that_straddles_hosts_counts_even_if_the_first_does_not(axes, link):
+    # Hosts of three: pairs (0, 1), (2, 3) and (4, 5), of which the second straddles.
+    cluster = replace(CLUSTER, hosts=(Hosts("fast", 3, 2),))
+    stage = Stage(tuple(range(6)), Mesh((("a", 3), ("b", 2))), (LayerStrategy("all"),))
+    assert link_of(cluster, stage, axes) is link
