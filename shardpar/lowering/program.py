@@ -1,0 +1,280 @@
+"""A captured model and a plan become a Program: sharded init, one jitted step, evaluation.
+
+With one pipeline of one stage everything is one donated jit with sharding
+constraints at layer borders, which is what an expert writes by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from shardpar.capture.cut import cut
+from shardpar.capture.trace import OUTSIDE, Captured
+from shardpar.errors import CaptureError, PlanError
+from shardpar.lowering.meshes import jax_mesh
+from shardpar.lowering.options import ProgramOptions
+from shardpar.lowering.shardings import batch_sharding, constrain, replicated
+from shardpar.lowering.stages import Forward, StageLayouts, forward_program
+from shardpar.lowering.state import TrainState, gradient_sharding, shardings_of, state_shapes
+from shardpar.spec.check import check
+from shardpar.spec.plan import LayerStrategy, Plan
+from shardpar.spec.select import strategies
+
+SCAN_FROM = 8
+"""With layers="auto", chains of so many equal layers become a loop."""
+
+
+class Program:
+    """A plan lowered to XLA.
+
+    Attributes:
+      captured, plan, options: what it was made from.
+      mesh: the jax mesh it runs on.
+      state_shapes: ShapeDtypeStructs of the state, with shardings.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        plan: Plan,
+        optimizer: optax.GradientTransformation,
+        options: ProgramOptions = ProgramOptions(),
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        """Checks the plan and prepares the programs; nothing is compiled yet.
+
+        Args:
+          captured: from `capture.trace`.
+          plan: from the planner, a file, or a person.
+          optimizer: any optax transformation; parameters are a flat dict by path.
+          options: dtype, loops, clipping.
+          devices: the cluster's devices in plan order; None takes `jax.devices()`.
+
+        Raises:
+          PlanError: if the plan does not fit the model or the devices, or has
+            several stages, which this version does not lower.
+        """
+        check(plan, captured.graph)
+        if len(plan.pipelines) != 1 or len(plan.pipelines[0].stages) != 1:
+            raise PlanError(
+                f"the plan has {len(plan.pipelines)} pipelines with "
+                f"{[len(p.stages) for p in plan.pipelines]} stages; this version runs one "
+                "pipeline of one stage"
+            )
+        self.captured, self.plan, self.options = captured, plan, options
+        self.optimizer = optimizer
+        self.pipeline = plan.pipelines[0]
+        stage = self.pipeline.stages[0]
+        self.mesh = jax_mesh(stage, devices)
+        chosen = strategies(stage, captured.graph)
+        self._layouts = StageLayouts(
+            captured.graph, stage, self.mesh, chosen, _owners(captured, chosen), plan.tensor_dims
+        )
+        self._data_axes = chosen[captured.graph.layers[0].name].data_axes(stage.mesh)
+        self.state_shapes = state_shapes(captured.model, optimizer, self._layouts)
+
+    def init(self, seed: int = 0) -> TrainState:
+        """A fresh state, born sharded: no device holds more of it than the plan gives it.
+
+        The values depend on the seed only, not on the plan or the number of devices.
+        """
+        return self.init_program(jnp.uint32(seed))
+
+    @cached_property
+    def init_program(self) -> Callable[[jax.Array], TrainState]:
+        """The jitted initialiser, from a uint32 seed."""
+
+        def init(seed: jax.Array) -> TrainState:
+            params, rest = self.captured.model.create(seed)
+            params = {
+                name: constrain(value, self.state_shapes.params[name].sharding)
+                for name, value in params.items()
+            }
+            return TrainState(params, self.optimizer.init(params), rest, jnp.int32(0))
+
+        return jax.jit(init, out_shardings=shardings_of(self.state_shapes))
+
+    def step(
+        self, state: TrainState, batch: Mapping[str, Any]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step; the old state is donated and must not be used again.
+
+        Args:
+          state: from `init`, `step` or a checkpoint.
+          batch: arrays whose dim 0 is the plan's global batch.
+
+        Returns:
+          The new state, and scalars: `loss` (mean over the weight), `weight`,
+          `grad_norm` (before clipping), `skipped` (1 when a gradient was not
+          finite and the state was left as it was).
+        """
+        return self.compiled_step(state, self.place(batch))
+
+    def evaluate(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """(loss sum, weight) of one micro-batch-sized batch, in Flax's eval mode."""
+        return self._evaluate(state.params, state.rest, self.place(batch, stacked=False))
+
+    def place(self, batch: Mapping[str, Any], stacked: bool = True) -> dict[str, jax.Array]:
+        """Cuts a global batch into micro-batches and puts each piece on its device.
+
+        Raises:
+          PlanError: if an array's first dim is not what the plan expects.
+        """
+        want = self.plan.global_batch if stacked else self.pipeline.microbatch
+        placed = {}
+        for name, spec in self.captured.batch.items():
+            if name not in batch:
+                raise CaptureError(f'the batch has no "{name}"; it has {", ".join(batch)}')
+            array = batch[name]
+            if array.shape[0] != want or tuple(array.shape[1:]) != tuple(spec.shape[1:]):
+                raise PlanError(
+                    f'batch["{name}"] has shape {tuple(array.shape)}; this program was made for '
+                    f"{(want, *spec.shape[1:])}"
+                )
+            if stacked:
+                shape = (self.pipeline.num_microbatches, self.pipeline.microbatch)
+                array = array.reshape(*shape, *array.shape[1:])
+            placed[name] = array
+        sharding = batch_sharding(self.mesh, self._data_axes, stacked=int(stacked))
+        return jax.device_put(placed, sharding)
+
+    @cached_property
+    def compiled_step(self) -> Any:
+        """The compiled step, a function of (state, placed batch): the first use compiles it."""
+        return self.lower_step().compile()
+
+    def lower_step(self) -> Any:
+        """The step lowered for this plan's devices but not compiled yet."""
+        microbatches = self.pipeline.num_microbatches
+        sharding = batch_sharding(self.mesh, self._data_axes, stacked=1)
+        batch = {
+            name: jax.ShapeDtypeStruct(
+                (microbatches, self.pipeline.microbatch, *leaf.shape[1:]),
+                leaf.dtype,
+                sharding=sharding,
+            )
+            for name, leaf in self.captured.batch.items()
+        }
+        jitted = jax.jit(
+            _step_function(
+                self._forward(training=True),
+                self.optimizer,
+                self.options,
+                self._layouts,
+                microbatches,
+            ),
+            donate_argnums=0,
+            out_shardings=(shardings_of(self.state_shapes), replicated(self.mesh)),
+        )
+        return jitted.lower(self.state_shapes, batch)
+
+    @cached_property
+    def _evaluate(self) -> Any:
+        forward = self._forward(training=False)
+
+        def evaluate(params: Any, rest: Any, batch: Any) -> Any:
+            total, weight, _ = forward(_cast(params, self.options.compute_dtype), rest, batch)
+            return total, weight
+
+        return jax.jit(evaluate, out_shardings=replicated(self.mesh))
+
+    def _forward(self, training: bool) -> Forward:
+        microbatch = {
+            name: jax.ShapeDtypeStruct((self.pipeline.microbatch, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in self.captured.batch.items()
+        }
+        program = cut(
+            self.captured.model,
+            self.captured.loss,
+            microbatch,
+            compute_dtype=self.options.compute_dtype,
+            training=training,
+        )
+        shortest = {"scan": 2, "auto": SCAN_FROM, "unroll": 1 << 30}[self.options.layers]
+        return forward_program(program, self._layouts, shortest)
+
+
+def _owners(captured: Captured, chosen: Mapping[str, LayerStrategy]) -> dict[str, Any]:
+    return {
+        name: (parameter, chosen[layer.name])
+        for name, layer, parameter in captured.graph.parameters
+        if layer.name in chosen or layer.name == OUTSIDE
+    }
+
+
+def _step_function(
+    forward: Forward,
+    optimizer: optax.GradientTransformation,
+    options: ProgramOptions,
+    layouts: StageLayouts,
+    microbatches: int,
+) -> Callable[[TrainState, Any], Any]:
+    def gradients(params: Any, rest: Any, batch: Any) -> Any:
+        def loss(params: Any) -> Any:
+            total, weight, changed = forward(params, rest, batch)
+            return total, (weight, changed)
+
+        (total, (weight, changed)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return total, weight, changed, grads
+
+    def accumulate(params: Any, rest: Any, batch: Any) -> Any:
+        if microbatches == 1:
+            return gradients(params, rest, jax.tree.map(lambda x: x[0], batch))
+
+        def add(carry: Any, microbatch: Any) -> Any:
+            total, weight, rest, grads = carry
+            one_total, one_weight, rest, one = gradients(params, rest, microbatch)
+            grads = {
+                name: constrain(g + one[name].astype(g.dtype), gradient_sharding(name, layouts))
+                for name, g in grads.items()
+            }
+            return (total + one_total, weight + one_weight, rest, grads), None
+
+        zeros = {
+            name: constrain(jnp.zeros(p.shape, jnp.float32), gradient_sharding(name, layouts))
+            for name, p in params.items()
+        }
+        start = (jnp.float32(0), jnp.float32(0), rest, zeros)
+        return jax.lax.scan(add, start, batch)[0]
+
+    def step(state: TrainState, batch: Any) -> Any:
+        total, weight, rest, grads = accumulate(
+            _cast(state.params, options.compute_dtype), state.rest, batch
+        )
+        grads = {
+            name: constrain(g.astype(jnp.float32), gradient_sharding(name, layouts))
+            for name, g in grads.items()
+        }
+        # One global weight: micro-batches with more tokens count for more.
+        norm = optax.tree.norm(grads) / weight
+        scale = 1.0 / weight
+        if options.gradient_clip is not None:
+            scale *= jnp.minimum(1.0, options.gradient_clip / jnp.maximum(norm, 1e-16))
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        after = TrainState(params, optimizer_state, rest, state.step + 1)
+        metrics = {"loss": total / weight, "weight": weight, "grad_norm": norm}
+        metrics["skipped"] = jnp.int32(0)
+        if options.skip_nonfinite:
+            finite = jnp.isfinite(norm) & jnp.isfinite(total)
+            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+            metrics["skipped"] = 1 - finite.astype(jnp.int32)
+        return after, metrics
+
+    return step
+
+
+def _cast(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    kind = np.dtype(jnp.dtype(dtype))
+    return {
+        name: value.astype(kind) if jnp.issubdtype(value.dtype, jnp.floating) else value
+        for name, value in params.items()
+    }
