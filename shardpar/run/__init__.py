@@ -1,0 +1,1 @@
+"""A run directory: checkpoints with checksums, metrics, the report."""
