@@ -1,0 +1,1 @@
+"""Dense training: data, optimizer, state, the loop."""

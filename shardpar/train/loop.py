@@ -1,0 +1,336 @@
+"""The training loop: batches in, metrics and checkpoints out, stoppable at any moment.
+
+A checkpoint holds the state and the position in the data, and metrics later than
+the checkpoint are dropped on resume, so a run that was killed anywhere and resumed
+is the run that was never killed.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from shardpar.errors import DataError
+from shardpar.lowering.devices import peak_bytes_in_use
+from shardpar.lowering.program import Program
+from shardpar.lowering.state import TrainState
+from shardpar.run.checkpoints import Checkpoints
+from shardpar.run.metrics import MetricsLog
+from shardpar.run.options import CheckpointOptions
+from shardpar.run.progress import Figures, Progress
+from shardpar.run.retention import due
+from shardpar.train.data import Batch, Batches, TextData, eval_batches, train_batches
+from shardpar.train.options import TrainOptions
+
+POSITION = "position.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+      state: the last state.
+      step: steps done in all.
+      loss: last training loss; None if no step ran.
+      eval_loss: last evaluation's loss; None if there was none.
+      stopped: whether a signal ended it before `train.steps`.
+      skipped: steps whose gradient was not finite.
+    """
+
+    state: TrainState
+    step: int
+    loss: float | None
+    eval_loss: float | None
+    stopped: bool
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the loop touches outside itself.
+
+    Attributes:
+      checkpoints, metrics, progress: of the run directory.
+      files: small texts to keep beside each checkpoint.
+      should_stop: asked after every step.
+      peak_flops: of all devices in the compute dtype; None where unknown, then MFU is n/a.
+    """
+
+    checkpoints: Checkpoints
+    metrics: MetricsLog
+    progress: Progress
+    files: Mapping[str, str]
+    should_stop: Callable[[], bool]
+    peak_flops: float | None
+
+
+def train(
+    program: Program,
+    data: TextData,
+    options: TrainOptions,
+    saving: CheckpointOptions,
+    around: Surroundings,
+) -> Outcome:
+    """Trains until `options.steps`, from the newest good checkpoint if there is one.
+
+    Args:
+      program: the lowered plan.
+      data: training and evaluation windows.
+      options: steps, batch, evaluation.
+      saving: when to save.
+      around: checkpoints, metrics, progress.
+
+    Raises:
+      DataError: the data do not fit the checkpoint or the batch.
+      CheckpointError: every checkpoint is damaged, or the disk is full.
+    """
+    evaluation = _evaluation_batches(program, data, options)
+    with train_batches(data.train, options.global_batch, options.seed) as batches:
+        state, start = _begin(program, batches, options, around)
+        return _Loop(program, batches, evaluation, options, saving, around).run(state, start)
+
+
+def _begin(
+    program: Program, batches: Batches, options: TrainOptions, around: Surroundings
+) -> tuple[TrainState, int]:
+    checkpoints = around.checkpoints
+    if not checkpoints.steps():
+        around.metrics.truncate_after(0)
+        with around.progress.phase("initialising"):
+            state = program.init(options.seed)
+            jax.block_until_ready(state)
+        return state, 0
+    with around.progress.phase("restoring"):
+        restored = checkpoints.restore(None, program.state_shapes)
+        checkpoints.discard_after(restored.step)
+    around.metrics.truncate_after(restored.step)
+    batches.restore(json.loads(restored.files[POSITION]))
+    around.progress.say(f"resumed from step {restored.step}")
+    return restored.state, restored.step
+
+
+def _evaluation_batches(
+    program: Program, data: TextData, options: TrainOptions
+) -> tuple[Batch, ...]:
+    """Batches of the plan's micro-batch size; the samples in them do not depend on the plan."""
+    size = program.pipeline.microbatch
+    wanted = min(options.eval_batches * options.global_batch, len(data.evaluation))
+    # Every plan's micro-batch divides the global batch, so whole ones suit them all.
+    wanted -= wanted % (options.global_batch if wanted >= options.global_batch else size)
+    if wanted == 0:
+        return ()
+    samples = eval_batches(data.evaluation, 1, wanted)
+    count = len(samples) // size
+    return tuple(
+        {
+            key: np.concatenate([sample[key] for sample in samples[i * size : (i + 1) * size]])
+            for key in samples[0]
+        }
+        for i in range(count)
+    )
+
+
+class _Loop:
+    """One run of the loop; fields are what stays the same, `run` holds what changes."""
+
+    def __init__(
+        self,
+        program: Program,
+        batches: Batches,
+        evaluation: tuple[Batch, ...],
+        options: TrainOptions,
+        saving: CheckpointOptions,
+        around: Surroundings,
+    ) -> None:
+        self.program, self.batches, self.evaluation = program, batches, evaluation
+        self.options, self.saving, self.around = options, saving, around
+        graph = program.captured.graph
+        self.tokens_per_step = graph.tokens * options.global_batch / graph.batch
+        self.flops_per_token = graph.flops_per_token
+        self.warned_mfu = False
+
+    def run(self, state: TrainState, start: int) -> Outcome:
+        around, steps = self.around, self.options.steps
+        if start >= steps:
+            around.progress.say(
+                f"nothing to do: {start} steps are done and train.steps is {steps}; "
+                "raise train.steps to go on"
+            )
+            return Outcome(state, start, None, None, False, 0)
+        with around.progress.phase("compiling the step"):
+            compile_start = time.perf_counter()
+            _ = self.program.compiled_step
+            around.progress.say(f"compiled in {time.perf_counter() - compile_start:.1f} s")
+        clock = _Clock()
+        loss: float | None = None
+        eval_loss: float | None = None
+        last_saved, last_saved_s = start, time.monotonic()
+        pending: _Pending | None = None
+        skipped, step, stopped = 0, start, False
+        while step < steps:
+            with clock.waiting():
+                batch = next(self.batches)
+            state, metrics = self.program.step(state, batch)
+            step += 1
+            if pending is not None:
+                # The step just sent is running while the one before is written down.
+                loss, skip = self._record(pending, clock)
+                skipped += skip
+            pending = _Pending(step, metrics, batch["sample"])
+            stopped = step < steps and around.should_stop()
+            evaluate = self._evaluation_due(step)
+            save = (
+                stopped
+                or step == steps
+                or due(
+                    self.saving,
+                    step=step,
+                    now_s=time.monotonic(),
+                    last_step=last_saved,
+                    last_s=last_saved_s,
+                )
+            )
+            if evaluate or save:
+                loss, skip = self._record(pending, clock)
+                skipped, pending = skipped + skip, None
+            if evaluate and not stopped:
+                eval_loss = self._evaluate(state, step)
+                clock.restart()
+            if save:
+                self._save(step, state)
+                last_saved, last_saved_s = step, time.monotonic()
+                clock.restart()
+            if stopped:
+                break
+        around.checkpoints.wait()
+        return Outcome(state, step, loss, eval_loss, stopped, skipped)
+
+    def _evaluation_due(self, step: int) -> bool:
+        if not self.evaluation:
+            return False
+        every = self.options.eval_every
+        return step == self.options.steps or (every > 0 and step % every == 0)
+
+    def _record(self, pending: _Pending, clock: _Clock) -> tuple[float, int]:
+        values = {name: np.asarray(value).item() for name, value in pending.metrics.items()}
+        clock.tick()
+        row: dict[str, Any] = {"loss": values["loss"], "grad_norm": values["grad_norm"]}
+        tokens_per_s = mfu = None
+        if clock.step_s:
+            tokens_per_s = self.tokens_per_step / clock.step_s
+            row["tokens_per_s"] = round(tokens_per_s, 1)
+            row["step_s"] = round(clock.step_s, 6)
+            if self.around.peak_flops:
+                mfu = tokens_per_s * self.flops_per_token / self.around.peak_flops
+                row["mfu"] = round(mfu, 4)
+                self._warn_mfu(mfu)
+        peak_bytes = peak_bytes_in_use(list(self.program.mesh.devices.flat))
+        row["peak_bytes"] = int(peak_bytes)
+        row["data_wait_s"] = round(clock.wait_s, 6)
+        if self.options.log_samples:
+            row["samples"] = _ids(pending.samples)
+        if values["skipped"]:
+            row["skipped"] = True
+            row["samples"] = _ids(pending.samples)
+            self.around.progress.say(
+                f"step {pending.step}: the gradient is not finite, update skipped; "
+                f"samples {row['samples']}"
+            )
+        self.around.metrics.write(pending.step, row)
+        if pending.step % self.options.log_every == 0 or pending.step == self.options.steps:
+            self.around.progress.update(
+                Figures(
+                    pending.step,
+                    self.options.steps,
+                    values["loss"],
+                    tokens_per_s,
+                    clock.step_s,
+                    mfu,
+                    peak_bytes,
+                    clock.wait_s / clock.step_s if clock.step_s else None,
+                )
+            )
+        return values["loss"], int(values["skipped"])
+
+    def _warn_mfu(self, mfu: float) -> None:
+        if mfu > 1.0 and not self.warned_mfu:
+            self.warned_mfu = True
+            self.around.progress.say(
+                f"MFU is {mfu:.0%}: above 100% the device's peak rate in its datasheet entry, "
+                "or the FLOP count, is wrong"
+            )
+
+    def _evaluate(self, state: TrainState, step: int) -> float:
+        with self.around.progress.phase("evaluating"):
+            sums = [self.program.evaluate(state, batch) for batch in self.evaluation]
+            total = float(sum(np.asarray(t, np.float64) for t, _ in sums))
+            weight = float(sum(np.asarray(w, np.float64) for _, w in sums))
+        self.around.metrics.write(step, {"eval_loss": total / weight})
+        self.around.progress.say(f"step {step}: eval loss {total / weight:.4f}")
+        return total / weight
+
+    def _save(self, step: int, state: TrainState) -> None:
+        position = json.dumps(self.batches.position)
+        self.around.checkpoints.save(step, state, {**self.around.files, POSITION: position})
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step that was sent to the devices and not yet written down."""
+
+    step: int
+    metrics: Mapping[str, jax.Array]
+    samples: np.ndarray
+
+
+class _Clock:
+    """Times steps by when their results arrive, leaving out evaluation, saving and the first."""
+
+    def __init__(self) -> None:
+        self.step_s: float | None = None
+        self.wait_s = 0.0
+        self._last: float | None = None
+
+    def waiting(self) -> _Clock:
+        return self
+
+    def __enter__(self) -> None:
+        self._wait_start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.wait_s = time.perf_counter() - self._wait_start
+
+    def tick(self) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            latest = now - self._last
+            # A running mean over about ten steps: quick to follow, calm to read.
+            self.step_s = latest if self.step_s is None else 0.9 * self.step_s + 0.1 * latest
+        self._last = now
+
+    def restart(self) -> None:
+        self._last = None
+
+
+def _ids(samples: np.ndarray) -> str:
+    return ",".join(str(int(s)) for s in samples)
+
+
+def require_vocabulary(model_vocab: int | None, data: TextData) -> None:
+    """Refuses a model that has no row for some token of the data.
+
+    Raises:
+      DataError: naming both sizes.
+    """
+    if model_vocab is not None and data.tokenizer.vocab_size > model_vocab:
+        raise DataError(
+            f"model.vocab_size is {model_vocab}, but the {data.tokenizer.name} tokenizer has "
+            f"{data.tokenizer.vocab_size} tokens; use model.vocab_size={data.tokenizer.vocab_size}"
+        )
