@@ -1,0 +1,144 @@
+"""The rules between keys: values that are each possible but cannot be meant together.
+
+A rule needs nothing but the config; what needs the model graph or the devices is checked by
+the floors that have them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from shardpar.config.schema import RunConfig
+
+_BYTE_VOCABULARY = 256
+_PINS = ("data", "fsdp", "tensor", "sequence_parallel", "recompute", "microbatch")
+_SUFFIXES = {"text": "txt", "jsonl": "jsonl", "parquet": "parquet"}
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Keys that contradict each other.
+
+    Attributes:
+      keys: their full names, the likeliest culprit first.
+      text: what is wrong and what to write instead, in one line.
+    """
+
+    keys: tuple[str, ...]
+    text: str
+
+
+def check(config: RunConfig) -> tuple[Conflict, ...]:
+    """Every contradiction in a config whose values are each possible.
+
+    Args:
+      config: what to check; rules about options that the model does not have are passed over.
+
+    Returns:
+      The conflicts, none if the config can be meant.
+
+    >>> from shardpar.config.schema import RunConfig
+    >>> from shardpar.train.options import DataOptions
+    >>> check(RunConfig())
+    ()
+    >>> check(RunConfig(data=DataOptions(source="text")))[0].text
+    "data.source is 'text' but data.path is not set; write data.path=file.txt"
+    """
+    rules = (_data_rules, _model_rules, _schedule_rules, _train_rules, _plan_rules)
+    return tuple(conflict for rule in rules for conflict in rule(config))
+
+
+def _data_rules(config: RunConfig) -> Iterator[Conflict]:
+    data = config.data
+    if data.source != "pydoc" and data.path is None:
+        yield Conflict(
+            ("data.source", "data.path"),
+            f"data.source is {data.source!r} but data.path is not set; "
+            f"write data.path=file.{_SUFFIXES[data.source]}",
+        )
+    if data.source == "pydoc" and data.path is not None:
+        yield Conflict(
+            ("data.path", "data.source"),
+            "data.path is set but data.source is 'pydoc', which reads no file; "
+            "write data.source=text, jsonl or parquet",
+        )
+
+
+def _model_rules(config: RunConfig) -> Iterator[Conflict]:
+    data = config.data
+    vocabulary, length = config.model.get("vocab_size"), config.model.get("max_length")
+    byte = data.tokenizer == "byte"
+    needed = _BYTE_VOCABULARY if byte else data.vocab_size
+    if isinstance(vocabulary, int) and vocabulary < needed:
+        reason = "the byte tokenizer has" if byte else "data.vocab_size asks for"
+        keys = ("data.tokenizer",) if byte else ("data.vocab_size", "data.tokenizer")
+        yield Conflict(
+            ("model.vocab_size", *keys),
+            f"model.vocab_size ({vocabulary}) is less than the {needed} tokens that {reason}; "
+            f"write model.vocab_size={needed} or more",
+        )
+    if isinstance(length, int) and data.sequence_length > length:
+        yield Conflict(
+            ("data.sequence_length", "model.max_length"),
+            f"data.sequence_length ({data.sequence_length}) is more than model.max_length "
+            f"({length}); write model.max_length={data.sequence_length}",
+        )
+
+
+def _schedule_rules(config: RunConfig) -> Iterator[Conflict]:
+    optimizer = config.optimizer
+    if optimizer.schedule == "constant" or optimizer.decay_steps is None:
+        return
+    name, end = "optimizer.decay_steps", optimizer.decay_steps
+    if optimizer.warmup_steps >= end:
+        yield Conflict(
+            ("optimizer.warmup_steps", name, "optimizer.schedule"),
+            f"optimizer.warmup_steps ({optimizer.warmup_steps}) must be less than {name} ({end}), "
+            f"where the {optimizer.schedule} schedule ends; write optimizer.warmup_steps=0 or "
+            "optimizer.schedule=constant",
+        )
+
+
+def _train_rules(config: RunConfig) -> Iterator[Conflict]:
+    train, plan = config.train, config.plan
+    if train.eval_every and not config.data.eval_fraction:
+        yield Conflict(
+            ("train.eval_every", "data.eval_fraction"),
+            f"train.eval_every is {train.eval_every} but data.eval_fraction is 0, so there is "
+            "nothing to evaluate on; write train.eval_every=0 or data.eval_fraction=0.05",
+        )
+    pins = {
+        f"plan.{name}": value
+        for name in ("microbatch", "data", "fsdp")
+        if (value := getattr(plan, name)) is not None
+    }
+    divisor = math.prod(pins.values())
+    if pins and train.global_batch % divisor:
+        product = " x ".join(f"{name} ({value})" for name, value in pins.items())
+        upper = math.ceil(train.global_batch / divisor) * divisor
+        lower = upper - divisor
+        advice = f"{lower} or {upper}" if lower else f"{upper}"
+        yield Conflict(
+            ("train.global_batch", *pins),
+            f"train.global_batch ({train.global_batch}) is not a multiple of {product}"
+            f"{f' = {divisor}' if len(pins) > 1 else ''}; write train.global_batch={advice}",
+        )
+
+
+def _plan_rules(config: RunConfig) -> Iterator[Conflict]:
+    plan = config.plan
+    pinned = tuple(f"plan.{name}" for name in _PINS if getattr(plan, name) is not None)
+    if plan.file is not None and pinned:
+        yield Conflict(
+            (*pinned, "plan.file"),
+            f"plan.file holds a whole plan, so {', '.join(pinned)} cannot be pinned as well; "
+            "keep the file or the pins",
+        )
+    elif plan.sequence_parallel and plan.tensor == 1:
+        yield Conflict(
+            ("plan.sequence_parallel", "plan.tensor"),
+            "plan.sequence_parallel is on but plan.tensor is 1, and it needs tensor parallelism; "
+            "write plan.tensor=2 or more, or leave plan.sequence_parallel out",
+        )

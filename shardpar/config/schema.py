@@ -1,0 +1,64 @@
+"""What a whole config is: one frozen dataclass of the options that each floor reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from shardpar.config.values import Plain
+from shardpar.lowering.options import ProgramOptions
+from shardpar.planner.options import SearchOptions
+from shardpar.run.options import CheckpointOptions
+from shardpar.train.options import DataOptions, OptimizerOptions, TrainOptions
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Section `model` of a config.
+
+    Attributes:
+      source: the name of a bundled model, or the absolute path of a model file.
+      options: every field of the model's options with its value, in the model's order.
+    """
+
+    source: str = "gpt"
+    options: tuple[tuple[str, Plain], ...] = ()
+
+    def get(self, name: str, default: Plain = None) -> Plain:
+        """The value of an option, or `default` if the model has no such option.
+
+        >>> ModelConfig("gpt", (("layers", 4),)).get("layers")
+        4
+        """
+        return dict(self.options).get(name, default)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All of a run, resolved: every key has its value.
+
+    Build one with `load`, which fills in and checks `model.options`; the other floors are
+    each given only their own section.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataOptions = field(default_factory=DataOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    program: ProgramOptions = field(default_factory=ProgramOptions)
+    plan: SearchOptions = field(default_factory=SearchOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+
+def section_classes() -> dict[str, type]:
+    """The dataclass of each section but `model`, whose keys are the model file's to name.
+
+    >>> sorted(section_classes())
+    ['checkpoint', 'data', 'optimizer', 'plan', 'program', 'train']
+    """
+    return {name: cls for name, cls in get_type_hints(RunConfig).items() if name != "model"}
+
+
+def field_hints(cls: type) -> dict[str, Any]:
+    """The type of each field of an options dataclass, bounds included."""
+    return get_type_hints(cls, include_extras=True)
