@@ -1,0 +1,1 @@
+"""The `shardpar` command: one file per verb."""

@@ -1,0 +1,81 @@
+"""The `shardpar` command: its verbs, and how it ends: 0, 1 (the run failed) or 2 (bad input).
+
+Only light modules are imported here and in the verbs' own files, so `--help` and
+a wrong config answer before jax is loaded; what needs jax lives in `planning`, `training` and
+`sampling`, which a verb imports once its input is known to be good.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import traceback
+
+import typer
+
+from shardpar.cli.doctor import doctor
+from shardpar.cli.explain import explain
+from shardpar.cli.generate import generate
+from shardpar.cli.plan import plan
+from shardpar.cli.train import train
+from shardpar.errors import ShardparError
+
+app = typer.Typer(
+    name="shardpar",
+    help="Decides how a Flax model is laid out over the machines you have, and trains it.",
+    epilog="Start with: shardpar train",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for verb in (train, plan, explain, generate, doctor):
+    app.command()(verb)
+
+
+@app.callback()
+def _version_option(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and stop.", is_eager=True
+    ),
+) -> None:
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("shardpar"))  # noqa: T201
+        raise typer.Exit
+
+
+def run() -> None:
+    """Entry point of the command; turns every error into one clear message and an exit code."""
+    # XLA's C++ side logs partitioner notes straight to stderr, through any progress line.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        app()
+    except ShardparError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of a pipe (head, less) has gone; there is nobody to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="shardpar-crash-", suffix=".txt", delete=False
+        ) as file:
+            file.write(traceback.format_exc())
+        first = (str(error).splitlines() or [""])[0]
+        _say(f"error: {type(error).__name__}: {first}\n  the traceback is in {file.name}")
+        sys.exit(1)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)  # noqa: T201
+
+
+if __name__ == "__main__":
+    run()

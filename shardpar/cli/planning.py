@@ -1,0 +1,259 @@
+"""Captures and plans a config, and prints what came of it: the heavy half of plan and explain."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import yaml
+
+from shardpar.capture.trace import Captured, trace
+from shardpar.cli.tables import (
+    collectives_table,
+    console,
+    graph_table,
+    plan_table,
+    print_json,
+    shardings_view,
+)
+from shardpar.config.model_source import build_options, find_model, load_model_source
+from shardpar.config.schema import RunConfig
+from shardpar.errors import ConfigError, UserError
+from shardpar.lowering.collectives import collectives
+from shardpar.lowering.devices import local_cluster, use_virtual_devices
+from shardpar.lowering.program import Program
+from shardpar.planner.cost import PlanCost, plan_cost
+from shardpar.planner.search import SearchResult, memory_limit
+from shardpar.run.progress import Progress
+from shardpar.spec.check import check
+from shardpar.spec.cluster import Cluster
+from shardpar.spec.plan import Plan
+from shardpar.spec.text import graph_to_text, plan_to_text
+from shardpar.train import compile as compilation
+from shardpar.train.optimizer import make_optimizer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A captured config with its plan and price."""
+
+    captured: Captured
+    plan: Plan
+    cost: PlanCost
+    cluster: Cluster
+    found: SearchResult | None
+    limit_bytes: float
+
+
+def use_devices(devices: int | None) -> None:
+    """Chooses jax's backend before it starts, and turns the compilation cache on."""
+    if devices is not None:
+        use_virtual_devices(devices)
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "shardpar" / "xla"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def capture(config: RunConfig, notify: Callable[[str], None] = lambda _: None) -> Captured:
+    """Captures a config's model for its batch."""
+    module = load_model_source(find_model(config.model.source))
+    options = build_options(module, config.model)
+    shape = (config.train.global_batch, config.data.sequence_length)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    return trace(
+        module.loss,
+        lambda rngs: module.build(options, rngs),
+        {"inputs": tokens, "targets": tokens},
+        compute_dtype=config.program.compute_dtype,
+        causal=bool(getattr(module, "CAUSAL", False)),
+        notify=notify,
+    )
+
+
+def capture_aloud(config: RunConfig) -> Captured:
+    """Captures, with a progress line and the warnings."""
+    with Progress() as progress, progress.phase("capturing the model"):
+        captured = capture(config)
+        for warning in captured.warnings:
+            progress.say(f"note: {warning}")
+    return captured
+
+
+def make_plan(
+    config: RunConfig, captured: Captured, cluster: Cluster | None, *, on_cluster: bool
+) -> Planned:
+    """Reads the config's plan file, or searches.
+
+    Args:
+      config: its section `plan` pins choices or names a file.
+      captured: the model.
+      cluster: the machines; None takes the devices at hand.
+      on_cluster: whether a plan file must fit those machines.
+    """
+    machines = cluster or local_cluster()
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    work = compilation.workload(captured, optimizer, config.program, config.train.global_batch)
+    limit = memory_limit(machines, config.plan)
+    if config.plan.file is None:
+        found = compilation.planned(captured.graph, machines, work, config.plan)
+        return Planned(captured, found.plan, found.cost, machines, found, limit)
+    plan = compilation.read_plan(config.plan.file, captured.graph)
+    if plan.global_batch != config.train.global_batch:
+        raise ConfigError(
+            f"{config.plan.file}: global_batch is {plan.global_batch}, but train.global_batch is "
+            f"{config.train.global_batch}; make them equal, or plan again"
+        )
+    if on_cluster:
+        check(plan, captured.graph, machines)
+    cost = plan_cost(plan, captured.graph, machines, work)
+    return Planned(captured, plan, cost, machines, None, limit)
+
+
+def lower(config: RunConfig, planned: Planned) -> Program:
+    """The program of a planned config."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    return Program(planned.captured, planned.plan, optimizer, config.program)
+
+
+def plan(
+    config: RunConfig, cluster: Cluster | None, *, devices: int | None, out: str | None, json: bool
+) -> None:
+    """`shardpar plan`."""
+    use_devices(devices)
+    planned = make_plan(config, capture_aloud(config), cluster, on_cluster=True)
+    if out:
+        write_text(Path(out), plan_to_text(planned.plan))
+    if json:
+        print_json(_plan_json(planned))
+        return
+    show_plan(planned)
+    if out:
+        console(stderr=True).print(f"written to {out}", highlight=False)
+
+
+def explain(
+    config: RunConfig,
+    cluster: Cluster | None,
+    stop_after: str,
+    *,
+    shardings: bool,
+    devices: int | None,
+    json: bool,
+) -> None:
+    """`shardpar explain` for everything after the config."""
+    use_devices(devices)
+    captured = capture_aloud(config)
+    screen = console()
+    if stop_after == "graph" and not shardings:
+        if json:
+            print_json(yaml.safe_load(graph_to_text(captured.graph)))
+        else:
+            screen.print(graph_table(captured.graph))
+        return
+    planned = make_plan(config, captured, cluster, on_cluster=True)
+    if shardings:
+        screen.print(shardings_view(planned.plan, captured.graph))
+        return
+    if stop_after == "plan":
+        if json:
+            print_json(_plan_json(planned))
+        else:
+            show_plan(planned)
+        return
+    if cluster is not None and cluster.num_devices > len(jax.devices()):
+        raise UserError(
+            f"the program of {cluster.name} needs {cluster.num_devices} devices to compile for, "
+            f"and there are {len(jax.devices())}; add --devices {cluster.num_devices}"
+        )
+    program = lower(config, planned)
+    with Progress() as progress, progress.phase("compiling the step"):
+        compiled = program.compiled_step
+    found = collectives(compiled.as_text())
+    memory = compiled.memory_analysis()
+    total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    if json:
+        print_json(
+            {
+                "collectives": [vars(c) for c in found],
+                "argument_bytes": memory.argument_size_in_bytes,
+                "temp_bytes": memory.temp_size_in_bytes,
+                "predicted_bytes": int(planned.cost.peak_bytes),
+            }
+        )
+        return
+    screen.print(
+        collectives_table((c.kind, c.group_size, c.count, c.num_bytes) for c in found)
+        if found
+        else "no collectives: everything is on one device"
+    )
+    screen.print(
+        f"memory per device: {total / 2**30:.3f} GiB by XLA "
+        f"(state and batch {memory.argument_size_in_bytes / 2**30:.3f}, "
+        f"scratch {memory.temp_size_in_bytes / 2**30:.3f}); "
+        f"the plan predicted {planned.cost.peak_bytes / 2**30:.3f} GiB",
+        highlight=False,
+    )
+
+
+def show_plan(planned: Planned) -> None:
+    """Prints the plan as a table, what came next, and what was rejected."""
+    screen = console()
+    screen.print(
+        plan_table(planned.plan, planned.captured.graph, planned.cost, planned.limit_bytes)
+    )
+    found = planned.found
+    if found is None:
+        over = planned.cost.peak_bytes - planned.limit_bytes
+        if over > 0:
+            screen.print(
+                f"! predicted to be {over / 2**30:.2f} GiB per device over the limit",
+                style="yellow",
+                highlight=False,
+            )
+        return
+    if found.runners_up:
+        screen.print("next best:", style="dim")
+        for other in found.runners_up:
+            slower = other.step_s / found.cost.step_s - 1
+            screen.print(
+                f"  {other.description}: {other.step_s * 1e3:,.1f} ms (+{slower:.1%}), "
+                f"{other.peak_bytes / 2**30:.2f} GiB",
+                style="dim",
+                highlight=False,
+            )
+    if found.too_big:
+        screen.print(f"{found.too_big} candidates did not fit in memory", style="dim")
+    for reason, count in found.rejected[:5]:
+        screen.print(f"{count} rejected: {reason}", style="dim", markup=False, highlight=False)
+
+
+def _plan_json(planned: Planned) -> dict[str, Any]:
+    objective = planned.plan.objective
+    return {
+        "plan": plan_to_text(planned.plan),
+        "step_s": planned.cost.step_s,
+        "peak_bytes": planned.cost.peak_bytes,
+        "lower_bound_s": objective.lower_bound_s if objective else None,
+        "gap": objective.gap if objective else None,
+        "search_s": objective.search_s if objective else None,
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file, its folders included.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None

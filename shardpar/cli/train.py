@@ -1,0 +1,46 @@
+"""`shardpar train`: from a config to a trained model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shardpar.cli.arguments import ConfigAndOverrides, Devices, Json, PlanFile, read_config
+from shardpar.cli.later import later
+
+
+def train(
+    config: ConfigAndOverrides = None,
+    devices: Devices = None,
+    plan: PlanFile = None,
+    run_dir: Annotated[
+        str | None,
+        typer.Option("--run-dir", metavar="DIR", help="Where the run lives; resumed if it exists."),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", metavar="DIR", help="Go on with a run, with its own config."),
+    ] = None,
+    json: Json = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Stop after the plan; write nothing.")
+    ] = False,
+) -> None:
+    """Train a model; without arguments, the demo.
+
+    Examples:
+
+        shardpar train
+
+        shardpar train configs/gpt.gin train.steps=50 optimizer.learning_rate=3e-4
+
+        shardpar train configs/gpt.gin --devices 8 plan.fsdp=4 plan.tensor=2
+
+        shardpar train --resume runs/gpt
+    """
+    if resume is not None:
+        later("training").resume(resume, config, devices=devices, plan=plan, json=json)
+        return
+    loaded, name = read_config(config, {"plan.file": plan, "train.run_dir": run_dir})
+    later("training").train(loaded, name, devices=devices, json=json, dry_run=dry_run)

@@ -1,0 +1,296 @@
+"""Runs training from a config: the heavy half of `shardpar train`."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from shardpar.cli.arguments import read_config
+from shardpar.cli.planning import (
+    Planned,
+    capture,
+    capture_aloud,
+    lower,
+    make_plan,
+    show_plan,
+    use_devices,
+    write_text,
+)
+from shardpar.cli.sampling import TOKENIZER, read_tokenizer
+from shardpar.cli.tables import console, describe, print_json
+from shardpar.config.load import load
+from shardpar.config.save import to_gin, to_yaml
+from shardpar.config.schema import RunConfig
+from shardpar.errors import ConfigError
+from shardpar.lowering.program import Program
+from shardpar.run.checkpoints import Checkpoints
+from shardpar.run.directory import RunDirectory
+from shardpar.run.environment import describe_environment
+from shardpar.run.metrics import MetricsLog
+from shardpar.run.progress import Progress, clock_time
+from shardpar.run.report import write_report
+from shardpar.spec.text import plan_to_text
+from shardpar.train import compile as compilation
+from shardpar.train.data import TextData, load_text
+from shardpar.train.generate import generate as sample_tokens
+from shardpar.train.loop import Outcome, Surroundings, require_vocabulary
+from shardpar.train.loop import train as run_loop
+
+_PINS = ("file", "data", "fsdp", "tensor", "sequence_parallel", "recompute", "microbatch")
+
+
+def train(
+    config: RunConfig, name: str, *, devices: int | None, json: bool, dry_run: bool = False
+) -> None:
+    """`shardpar train`."""
+    use_devices(devices)
+    if dry_run:
+        show_plan(make_plan(config, capture_aloud(config), None, on_cluster=True))
+        return
+    given = config.train.run_dir
+    directory = RunDirectory(Path(given)) if given else RunDirectory.fresh(name, datetime.now())
+    if directory.config_yaml.is_file():
+        config = _same_run(config, directory)
+    else:
+        config = replace(
+            config,
+            optimizer=replace(
+                config.optimizer, decay_steps=config.optimizer.decay_end(config.train.steps)
+            ),
+        )
+    config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
+    with _signals() as should_stop, Progress() as progress:
+        _train(config, name, directory, progress, should_stop, json=json)
+
+
+def resume(
+    path: str,
+    overrides: Sequence[str] | None,
+    *,
+    devices: int | None,
+    plan: str | None,
+    json: bool,
+) -> None:
+    """`shardpar train --resume`: the run's own config, with overrides."""
+    directory = RunDirectory.existing(Path(path))
+    given = list(overrides or ())
+    if (
+        plan
+        or devices is not None
+        or any(text.startswith("plan.") for text in given)
+        or not _same_number_of_devices(directory)
+    ):
+        # Other devices or another plan: what the run pinned before does not bind it now.
+        given = [*(f"plan.{pin}=null" for pin in _PINS), *given]
+    config, _ = read_config(
+        [str(directory.config_yaml), *given],
+        {"train.run_dir": str(directory.path), "plan.file": plan},
+    )
+    train(config, directory.path.name, devices=devices, json=json)
+
+
+def _same_number_of_devices(directory: RunDirectory) -> bool:
+    if not directory.plan.is_file():
+        return True
+    use_devices(None)
+    return len(compilation.read_plan(directory.plan).devices) == len(jax.devices())
+
+
+def _train(
+    config: RunConfig,
+    name: str,
+    directory: RunDirectory,
+    progress: Progress,
+    should_stop: Callable[[], bool],
+    *,
+    json: bool,
+) -> None:
+    started = time.monotonic()
+    stored = read_tokenizer(directory) if (directory.path / TOKENIZER).is_file() else None
+    with progress.phase("reading the data"):
+        data = load_text(config.data, stored)
+    vocabulary = config.model.get("vocab_size")
+    require_vocabulary(vocabulary if isinstance(vocabulary, int) else None, data)
+    with progress.phase("capturing the model"):
+        captured = capture(config)
+    for warning in captured.warnings:
+        progress.say(f"note: {warning}")
+    planned = make_plan(config, captured, None, on_cluster=True)
+    program = lower(config, planned)
+    with ExitStack() as stack:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        checkpoints = stack.enter_context(
+            Checkpoints(directory.checkpoints, config.checkpoint, notify=progress.say)
+        )
+        texts = {
+            "config.yaml": to_yaml(config),
+            "config.gin": to_gin(config),
+            "plan.yaml": plan_to_text(planned.plan),
+            TOKENIZER: data.tokenizer.to_text(),
+        }
+        for file, text in texts.items():
+            write_text(directory.path / file, text)
+        metrics = stack.enter_context(
+            MetricsLog(
+                directory.metrics,
+                tensorboard=directory.tensorboard,
+                stdout=sys.stdout if json else None,
+            )
+        )
+        _introduce(config, planned, data, directory, progress)
+        outcome = run_loop(
+            program,
+            data,
+            config.train,
+            config.checkpoint,
+            Surroundings(
+                checkpoints, metrics, progress, texts, should_stop, _peak_flops(config, planned)
+            ),
+        )
+    text = _sample(config, program, outcome, data, progress)
+    write_report(
+        directory,
+        title=name,
+        status="stopped" if outcome.stopped else "finished",
+        facts={
+            "parameters": f"{captured.graph.num_parameters:,}",
+            "plan": describe(
+                planned.plan.pipelines[0].stages[0].layers[0],
+                planned.plan.pipelines[0].stages[0].mesh,
+            ),
+            "this session": clock_time(time.monotonic() - started),
+        },
+        environment=describe_environment(jax.devices()),
+        sample=text,
+    )
+    _conclude(outcome, directory, text, started, json=json)
+
+
+def _introduce(
+    config: RunConfig, planned: Planned, data: TextData, directory: RunDirectory, progress: Progress
+) -> None:
+    pipeline = planned.plan.pipelines[0]
+    stage = pipeline.stages[0]
+    progress.say(
+        f"{planned.captured.graph.model}: {planned.captured.graph.num_parameters:,} parameters; "
+        f"{data.name}: {len(data.train):,} samples of {config.data.sequence_length} tokens, "
+        f"{len(data.evaluation):,} for evaluation"
+    )
+    progress.say(
+        f"{len(stage.devices)} x {planned.cluster.kinds[0].name}: "
+        f"{describe(stage.layers[0], stage.mesh)}"
+        + (" and others" if len(stage.layers) > 1 else "")
+        + f"; global batch {planned.plan.global_batch} = {pipeline.num_microbatches} micro-batches "
+        f"of {pipeline.microbatch}"
+    )
+    progress.say(f"run directory: {directory.path}")
+
+
+def _sample(
+    config: RunConfig, program: Program, outcome: Outcome, data: TextData, progress: Progress
+) -> str | None:
+    if config.train.sample_prompt is None or outcome.stopped:
+        return None
+    with progress.phase("writing a sample"):
+        ids = sample_tokens(
+            program.captured.model,
+            outcome.state.params,
+            outcome.state.rest,
+            data.tokenizer.encode(config.train.sample_prompt),
+            tokens=config.train.sample_tokens,
+            window=config.data.sequence_length,
+            seed=config.train.seed,
+        )
+    return data.tokenizer.decode(ids)
+
+
+def _conclude(
+    outcome: Outcome, directory: RunDirectory, text: str | None, started: float, *, json: bool
+) -> None:
+    screen = console(stderr=True)
+    if outcome.stopped:
+        screen.print(
+            f"stopped after step {outcome.step} and saved; go on with: "
+            f"shardpar train --resume {directory.path}",
+            highlight=False,
+        )
+        return
+    words = [f"step {outcome.step}"]
+    words += [f"loss {outcome.loss:.4f}"] if outcome.loss is not None else []
+    words += (
+        [f"eval loss {outcome.eval_loss:.4f} nats/token"] if outcome.eval_loss is not None else []
+    )
+    words += [f"{outcome.skipped} updates skipped"] if outcome.skipped else []
+    screen.print(
+        f"done in {clock_time(time.monotonic() - started)}: {', '.join(words)}", highlight=False
+    )
+    if text is not None:
+        if json:
+            print_json({"step": outcome.step, "sample": text})
+        else:
+            print(f"\n{text}\n")  # noqa: T201
+    screen.print(f"report: {directory.report}", highlight=False)
+
+
+def _peak_flops(config: RunConfig, planned: Planned) -> float | None:
+    kind = planned.cluster.kinds[0]
+    if kind.source == "assumed":
+        return None
+    return kind.flops(config.program.compute_dtype) * len(planned.plan.devices)
+
+
+def _same_run(config: RunConfig, directory: RunDirectory) -> RunConfig:
+    """The config, if it says the same run as the one stored in the directory."""
+    stored = load(str(directory.config_yaml))
+    if config.optimizer.decay_steps is None:
+        config = replace(
+            config, optimizer=replace(config.optimizer, decay_steps=stored.optimizer.decay_steps)
+        )
+    now, then = _fixed(config), _fixed(stored)
+    changed = [key for key in now if now[key] != then.get(key)]
+    if changed:
+        differences = "; ".join(f"{key} was {then.get(key)!r}, now {now[key]!r}" for key in changed)
+        raise ConfigError(
+            f"{directory.path} holds another run: {differences}; "
+            "use the old values, or another train.run_dir"
+        )
+    return config
+
+
+def _fixed(config: RunConfig) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "model.source": config.model.source,
+        "train.seed": config.train.seed,
+        "program.compute_dtype": config.program.compute_dtype,
+        **{f"model.{key}": value for key, value in config.model.options},
+    }
+    for section in ("data", "optimizer"):
+        values.update({f"{section}.{k}": v for k, v in vars(getattr(config, section)).items()})
+    return values
+
+
+@contextmanager
+def _signals() -> Iterator[Callable[[], bool]]:
+    """SIGTERM and the first Ctrl-C ask the loop to save and stop; a second Ctrl-C interrupts."""
+    asked: list[int] = []
+
+    def ask(number: int, _: Any) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,115 @@
+"""plan, explain, generate and doctor as people run them."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from shardpar.spec.text import graph_from_text, plan_from_text
+from tests.cli.command import ROOT, TINY, shardpar
+
+GPT = str(ROOT / "configs" / "gpt.gin")
+LLAMA = str(ROOT / "configs" / "llama_7b.gin")
+H100 = str(ROOT / "configs" / "clusters" / "h100x8.yaml")
+
+
+def test_a_plan_is_printed_saved_and_used_again(tmp_path):
+    printed = shardpar("plan", GPT, *TINY, "--devices", "8", "--out", "plan.yaml", cwd=tmp_path)
+    assert "embed, blocks[0:2], head, outside" in printed.stdout
+    plan = plan_from_text((tmp_path / "plan.yaml").read_text())
+    assert plan.global_batch == 8
+    assert len(plan.devices) == 8
+    dry = shardpar(
+        "train", GPT, *TINY, "--devices", "8", "--plan", "plan.yaml", "--dry-run", cwd=tmp_path
+    )
+    assert "plan for cpux8" in dry.stdout
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_plan_for_machines_elsewhere_comes_as_one_json_object(tmp_path):
+    done = shardpar("plan", LLAMA, "--cluster", H100, "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert set(found) == {"plan", "step_s", "peak_bytes", "lower_bound_s", "gap", "search_s"}
+    assert found["peak_bytes"] < 80e9 * 0.9
+    assert plan_from_text(found["plan"]).cluster == "h100x8"
+
+
+def test_the_readmes_plan_fits_the_readmes_machines(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    text = readme.split("```yaml\n", 1)[1].split("```", 1)[0]
+    (tmp_path / "plan.yaml").write_text(text)
+    done = shardpar("plan", LLAMA, "--cluster", H100, "--plan", "plan.yaml", cwd=tmp_path)
+    assert "blocks[16:32]" in done.stdout
+
+
+def test_what_does_not_fit_says_how_much_is_missing_and_what_would(tmp_path):
+    cluster = str(ROOT / "configs" / "clusters" / "tpu-v5e-8.yaml")
+    done = shardpar("plan", LLAMA, "--cluster", cluster, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "are missing; it would fit on 16 such devices" in done.stderr
+
+
+def test_explain_prints_each_value_on_the_way(tmp_path):
+    config = shardpar("explain", GPT, *TINY, "--stop-after", "config", cwd=tmp_path)
+    assert "learning_rate: 0.001" in config.stdout
+    graph = shardpar("explain", GPT, *TINY, "--stop-after", "graph", "--json", cwd=tmp_path)
+    from yaml import safe_dump
+
+    assert len(graph_from_text(safe_dump(json.loads(graph.stdout))).layers) == 5
+    program = shardpar(
+        "explain", GPT, *TINY, "--devices", "8", "plan.fsdp=8", "--stop-after", "program", "--json",
+        cwd=tmp_path,
+    )  # fmt: skip
+    kinds = {c["kind"] for c in json.loads(program.stdout)["collectives"]}
+    assert "all-gather" in kinds
+
+
+def test_explain_draws_every_parameters_layout(tmp_path):
+    done = shardpar(
+        "explain", GPT, "--devices", "8", "plan.fsdp=2", "plan.tensor=2", "--shardings",
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert "blocks[0:4].qkv" in done.stdout
+    assert "dim1/b dim2/c" in done.stdout
+    assert "0,4" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_graph_of_a_big_model_needs_no_accelerator(tmp_path):
+    done = shardpar("explain", LLAMA, "--stop-after", "graph", cwd=tmp_path)
+    assert "6.74B parameters" in done.stdout
+    assert "blocks[0:32]" in done.stdout
+
+
+@pytest.mark.slow
+def test_generate_continues_a_text_the_same_way_for_the_same_seed(tmp_path):
+    shardpar("train", GPT, *TINY, "train.steps=10", "train.run_dir=run", cwd=tmp_path)
+    texts = [
+        json.loads(
+            shardpar(
+                "generate", "run", "--prompt", "The ", "--tokens", "40", "--seed", seed, "--json",
+                cwd=tmp_path,
+            ).stdout
+        )["text"]
+        for seed in ("1", "1", "2")
+    ]  # fmt: skip
+    assert texts[0] == texts[1] != texts[2]
+    assert all(text.startswith("The ") for text in texts)
+    missing = shardpar("generate", "nowhere", cwd=tmp_path, check=False)
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: nowhere is not there")
+
+
+def test_doctor_finds_this_machine_fit(tmp_path):
+    findings = json.loads(shardpar("doctor", "--json", "--devices", "2", cwd=tmp_path).stdout)
+    levels = {finding["level"] for finding in findings["findings"]}
+    assert "problem" not in levels
+    assert any("2 x cpu" in finding["what"] for finding in findings["findings"])
+
+
+def test_a_missing_cluster_file_is_one_line(tmp_path):
+    done = shardpar("plan", GPT, "--cluster", "nowhere.yaml", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "nowhere.yaml" in done.stderr
+    assert "Traceback" not in done.stderr

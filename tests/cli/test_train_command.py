@@ -1,0 +1,246 @@
+"""`shardpar train` as people run it: plans, kills, stops, resumes, wrong input."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.cli.command import ROOT, TINY, losses, rows, shardpar, start
+
+GPT = str(ROOT / "configs" / "gpt.gin")
+PLANS = {
+    "dp8": ("plan.data=8",),
+    "fsdp8": ("plan.fsdp=8",),
+    "tp8": ("plan.tensor=8",),
+    "dp2 fsdp2 tp2": ("plan.data=2", "plan.fsdp=2", "plan.tensor=2"),
+}
+
+
+def twenty_steps(cwd: Path, *extra: str) -> list[float]:
+    done = shardpar(
+        "train", GPT, "train.steps=20", "train.eval_every=0", "train.sample_prompt=null",
+        "checkpoint.every_steps=0", "--json", *extra, cwd=cwd,
+    )  # fmt: skip
+    return [row["loss"] for row in rows(done.stdout) if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def one_device(tmp_path_factory):
+    return twenty_steps(tmp_path_factory.mktemp("one"), "--devices", "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANS)
+def test_the_demo_on_eight_devices_has_the_losses_of_one(name, one_device, tmp_path):
+    assert len(one_device) == 20
+    got = twenty_steps(tmp_path, "--devices", "8", *PLANS[name])
+    np.testing.assert_allclose(got, one_device, rtol=2e-5)
+
+
+KILLS = 10
+LONG = (
+    *TINY, "train.steps=600", "train.log_samples=true", "checkpoint.every_steps=25",
+    "train.log_every=100", "train.eval_every=150",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_anywhere_is_the_run_that_was_never_killed(tmp_path):
+    shardpar("train", GPT, *LONG, "train.run_dir=calm", "--devices", "1", cwd=tmp_path)
+    moments = random.Random(20)
+    killed, metrics = 0, tmp_path / "wild" / "metrics.jsonl"
+    reached = []
+    while killed < KILLS:
+        run = start("train", GPT, *LONG, "train.run_dir=wild", "--devices", "1", cwd=tmp_path)
+        if killed % 5 == 0:
+            # Now and then while it is still starting, restoring or compiling.
+            time.sleep(moments.uniform(0.5, 4.0))
+        else:
+            before = metrics.stat().st_size if metrics.exists() else 0
+            deadline = time.monotonic() + 120
+            # Growth beyond what was there before: steps are running again.
+            while time.monotonic() < deadline and run.poll() is None:
+                size = metrics.stat().st_size if metrics.exists() else 0
+                if size > before or (size and size < before):
+                    break
+                time.sleep(0.002)
+            time.sleep(moments.uniform(0.0, 0.25))
+        assert run.poll() is None, f"finished before kill {killed}: {run.stderr.read()}"
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        killed += 1
+        reached.append(metrics.stat().st_size if metrics.exists() else 0)
+    shardpar("train", GPT, *LONG, "train.run_dir=wild", "--devices", "1", cwd=tmp_path)
+    assert len(set(reached)) > KILLS // 2, "the kills did not hit different moments"
+    calm, wild = losses(tmp_path / "calm"), losses(tmp_path / "wild")
+    assert [step for step, _, _ in wild] == list(range(1, 601))
+    assert wild == calm  # bitwise: JSON prints floats so that they read back equal
+    evaluations = [
+        [(r["step"], r["eval_loss"]) for r in rows((tmp_path / d / "metrics.jsonl").read_text())
+         if "eval_loss" in r]
+        for d in ("calm", "wild")
+    ]  # fmt: skip
+    assert evaluations[0] == evaluations[1]
+    # Every sample of an epoch once before any comes again.
+    ids = [int(i) for _, _, samples in wild for i in samples.split(",")]
+    data = json.loads((tmp_path / "wild" / "checkpoints" / "600" / "position.json").read_text())
+    assert data
+    assert len(set(ids)) == len(ids)
+
+
+SHORT = (*TINY, "train.steps=40", "checkpoint.every_steps=10", "checkpoint.keep=9")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    shardpar("train", GPT, *SHORT, "train.run_dir=run", "--devices", "8", "plan.fsdp=8", cwd=folder)
+    return folder / "run"
+
+
+def copy_of(run: Path, tmp_path: Path, steps: tuple[int, ...] = (10, 20)) -> Path:
+    """The run as it was after some checkpoints."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    for directory in (copy / "checkpoints").iterdir():
+        if directory.name.isdigit() and int(directory.name) not in steps:
+            shutil.rmtree(directory)
+    return copy
+
+
+@pytest.mark.slow
+def test_a_flipped_byte_is_named_and_the_step_before_is_used(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    arrays = max((run / "checkpoints" / "20").rglob("d/*"), key=lambda f: f.stat().st_size)
+    content = bytearray(arrays.read_bytes())
+    content[len(content) // 2] ^= 1
+    arrays.write_bytes(content)
+    done = shardpar("train", "--resume", "run", "--devices", "8", cwd=tmp_path)
+    assert arrays.name in done.stderr
+    assert "resumed from step 10" in done.stderr
+    assert losses(run) == losses(finished)
+    assert (run / "checkpoints" / "20").is_dir()
+    assert (run / "checkpoints" / "20.damaged").is_dir()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices_and_another_plan(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    for devices, pins in (("2", "plan.fsdp=1"), ("4", "plan.fsdp=2")):
+        done = shardpar("train", "--resume", "run", "--devices", devices, pins, cwd=tmp_path)
+        assert "resumed from step" in done.stderr
+    now, then = losses(run), losses(finished)
+    assert [step for step, *_ in now] == list(range(1, 41))
+    np.testing.assert_allclose([x[1] for x in now], [x[1] for x in then], rtol=2e-5)
+
+
+def test_sigterm_saves_and_exits_0_and_the_run_goes_on_exactly(tmp_path):
+    calm = (*TINY, "train.steps=300", "checkpoint.every_steps=0", "--devices", "1")
+    shardpar("train", GPT, *calm, "train.run_dir=calm", cwd=tmp_path)
+    run = start("train", GPT, *calm, "train.run_dir=wild", cwd=tmp_path)
+    metrics = tmp_path / "wild" / "metrics.jsonl"
+    while run.poll() is None and not (metrics.exists() and metrics.stat().st_size > 500):
+        time.sleep(0.002)
+    run.send_signal(signal.SIGTERM)
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    assert "go on with: shardpar train --resume wild" in errors
+    assert len(losses(tmp_path / "wild")) < 300
+    shardpar("train", "--resume", "wild", cwd=tmp_path)
+    assert losses(tmp_path / "wild") == losses(tmp_path / "calm")
+
+
+def test_two_trainers_cannot_share_a_run_directory(tmp_path):
+    arguments = ("train", GPT, *TINY, "train.steps=100000", "train.run_dir=run", "--devices", "1")
+    first = start(*arguments, cwd=tmp_path)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    try:
+        while first.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.01)
+        second = shardpar(*arguments, cwd=tmp_path, check=False)
+    finally:
+        first.kill()
+        first.wait()
+    assert second.returncode == 1
+    assert "Traceback" not in second.stderr
+
+
+def test_a_run_directory_of_another_model_is_refused(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    before = (run / "metrics.jsonl").read_bytes()
+    done = shardpar(
+        "train", "--resume", "run", "model.width=64", "--devices", "1", cwd=tmp_path, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: run holds another run: model.width was 128, now 64; "
+        "use the old values, or another train.run_dir"
+    )
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+WRONG = {
+    "train.stpes=3": "there is no key train.stpes (got 3); did you mean train.steps?",
+    "train.steps=0": "train.steps must be an integer >= 1; got 0",
+    "optimizer.learning_rate=fast": "optimizer.learning_rate must be",
+    "model.width=30": "width (30) must be a multiple of heads (8)",
+    "plan.file=nowhere.yaml": "nowhere.yaml",
+    "plan.tensor=3": "data x fsdp x tensor must be 1",
+    "model.vocab_size=200": "vocab_size",
+}
+
+
+@pytest.mark.parametrize("override", WRONG)
+def test_wrong_input_is_one_clear_line_and_exit_code_2(override, tmp_path):
+    done = shardpar("train", GPT, override, "--devices", "1", cwd=tmp_path, check=False)
+    assert done.returncode == 2, done.stderr
+    assert WRONG[override] in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("metrics.jsonl"))
+
+
+def test_help_and_config_errors_answer_without_jax():
+    code = (
+        "import sys\n"
+        "sys.argv = ['shardpar', {!r}]\n"
+        "from shardpar.cli.main import run\n"
+        "try:\n    run()\nexcept SystemExit as e:\n    status = e.code\n"
+        "assert not {{'jax', 'flax', 'orbax'}} & set(sys.modules), 'jax was imported'\n"
+        "print(status)"
+    )
+    import sys
+
+    for argument in ("--help", "train.stpes=3"):
+        script = code.format(argument) if argument == "--help" else code.format("train").replace(
+            "['shardpar', 'train']", "['shardpar', 'train', 'train.stpes=3']"
+        )  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.splitlines()[-1] == ("0" if argument == "--help" else "2")
+
+
+def test_everything_a_run_leaves_behind_is_there_and_trains_again(finished, tmp_path):
+    for name in ("config.yaml", "config.gin", "plan.yaml", "metrics.jsonl", "report.html",
+                 "tokenizer.json", "tensorboard"):  # fmt: skip
+        assert (finished / name).exists(), name
+    page = (finished / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "<script src" not in page
+    for config in ("config.yaml", "config.gin"):
+        done = shardpar(
+            "train", str(finished / config), "train.run_dir=again", "train.steps=5",
+            "checkpoint.every_steps=0", "--devices", "1", "plan.fsdp=null", "--json", cwd=tmp_path,
+        )  # fmt: skip
+        got = [row["loss"] for row in rows(done.stdout) if "loss" in row]
+        expected = [loss for _, loss, _ in losses(finished)[:5]]
+        np.testing.assert_allclose(got, expected, rtol=2e-5)
+        shutil.rmtree(tmp_path / "again")
