@@ -86,16 +86,13 @@ def capture_aloud(config: RunConfig) -> Captured:
     return captured
 
 
-def make_plan(
-    config: RunConfig, captured: Captured, cluster: Cluster | None, *, on_cluster: bool
-) -> Planned:
+def make_plan(config: RunConfig, captured: Captured, cluster: Cluster | None) -> Planned:
     """Reads the config's plan file, or searches.
 
     Args:
       config: its section `plan` pins choices or names a file.
       captured: the model.
       cluster: the machines; None takes the devices at hand.
-      on_cluster: whether a plan file must fit those machines.
     """
     machines = cluster or local_cluster()
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -110,8 +107,7 @@ def make_plan(
             f"{config.plan.file}: global_batch is {plan.global_batch}, but train.global_batch is "
             f"{config.train.global_batch}; make them equal, or plan again"
         )
-    if on_cluster:
-        check(plan, captured.graph, machines)
+    check(plan, captured.graph, machines)
     cost = plan_cost(plan, captured.graph, machines, work)
     return Planned(captured, plan, cost, machines, None, limit)
 
@@ -127,7 +123,7 @@ def plan(
 ) -> None:
     """`shardpar plan`."""
     use_devices(devices)
-    planned = make_plan(config, capture_aloud(config), cluster, on_cluster=True)
+    planned = make_plan(config, capture_aloud(config), cluster)
     if out:
         write_text(Path(out), plan_to_text(planned.plan))
     if json:
@@ -157,7 +153,7 @@ def explain(
         else:
             screen.print(graph_table(captured.graph))
         return
-    planned = make_plan(config, captured, cluster, on_cluster=True)
+    planned = make_plan(config, captured, cluster)
     if shardings:
         screen.print(shardings_view(planned.plan, captured.graph))
         return

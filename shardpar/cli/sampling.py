@@ -42,7 +42,7 @@ def generate(
     tokenizer = read_tokenizer(directory)
     with Progress() as progress:
         with progress.phase("restoring"):
-            program = lower(config, make_plan(config, capture_aloud(config), None, on_cluster=True))
+            program = lower(config, make_plan(config, capture_aloud(config), None))
             shapes = program.state_shapes
             with Checkpoints(
                 directory.checkpoints, notify=progress.say, read_only=True

@@ -8,6 +8,7 @@ import typer
 
 from shardpar.cli.arguments import ConfigAndOverrides, Devices, Json, PlanFile, read_config
 from shardpar.cli.later import later
+from shardpar.errors import UserError
 
 
 def train(
@@ -40,7 +41,19 @@ def train(
         shardpar train --resume runs/gpt
     """
     if resume is not None:
-        later("training").resume(resume, config, devices=devices, plan=plan, json=json)
+        if run_dir is not None or any(text.startswith("train.run_dir=") for text in config or ()):
+            raise UserError(
+                f"--resume {resume} and another run directory name two places; a run goes on "
+                "where it is: drop the other, or copy the directory first"
+            )
+        if config and "=" not in config[0]:
+            raise UserError(
+                f"--resume {resume} goes on with the config of that run; drop {config[0]}, or "
+                f"write: shardpar train {config[0]} --run-dir {resume}"
+            )
+        later("training").resume(
+            resume, config, devices=devices, plan=plan, json=json, dry_run=dry_run
+        )
         return
     loaded, name = read_config(config, {"plan.file": plan, "train.run_dir": run_dir})
     later("training").train(loaded, name, devices=devices, json=json, dry_run=dry_run)

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from shardpar.capture.trace import Captured
 from shardpar.cli.arguments import read_config
 from shardpar.cli.planning import (
     Planned,
@@ -31,6 +32,7 @@ from shardpar.config.load import load
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import RunConfig
 from shardpar.errors import ConfigError
+from shardpar.lowering.devices import local_cluster
 from shardpar.lowering.program import Program
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
@@ -48,28 +50,11 @@ from shardpar.train.loop import train as run_loop
 _PINS = ("file", "data", "fsdp", "tensor", "sequence_parallel", "recompute", "microbatch")
 
 
-def train(
-    config: RunConfig, name: str, *, devices: int | None, json: bool, dry_run: bool = False
-) -> None:
+def train(config: RunConfig, name: str, *, devices: int | None, json: bool, dry_run: bool) -> None:
     """`shardpar train`."""
     use_devices(devices)
-    if dry_run:
-        show_plan(make_plan(config, capture_aloud(config), None, on_cluster=True))
-        return
     given = config.train.run_dir
-    directory = RunDirectory(Path(given)) if given else RunDirectory.fresh(name, datetime.now())
-    if directory.config_yaml.is_file():
-        config = _same_run(config, directory)
-    else:
-        config = replace(
-            config,
-            optimizer=replace(
-                config.optimizer, decay_steps=config.optimizer.decay_end(config.train.steps)
-            ),
-        )
-    config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
-    with _signals() as should_stop, Progress() as progress:
-        _train(config, name, directory, progress, should_stop, json=json)
+    _begin(config, name, Path(given) if given else None, json=json, dry_run=dry_run)
 
 
 def resume(
@@ -79,13 +64,14 @@ def resume(
     devices: int | None,
     plan: str | None,
     json: bool,
+    dry_run: bool,
 ) -> None:
     """`shardpar train --resume`: the run's own config, with overrides."""
+    use_devices(devices)
     directory = RunDirectory.existing(Path(path))
     given = list(overrides or ())
     if (
         plan
-        or devices is not None
         or any(text.startswith("plan.") for text in given)
         or not _same_number_of_devices(directory)
     ):
@@ -95,13 +81,32 @@ def resume(
         [str(directory.config_yaml), *given],
         {"train.run_dir": str(directory.path), "plan.file": plan},
     )
-    train(config, directory.path.name, devices=devices, json=json)
+    _begin(config, directory.path.name, directory.path, json=json, dry_run=dry_run)
+
+
+def _begin(config: RunConfig, name: str, path: Path | None, *, json: bool, dry_run: bool) -> None:
+    if path is not None and RunDirectory(path).config_yaml.is_file():
+        config = _same_run(config, RunDirectory(path))
+    else:
+        config = replace(
+            config,
+            optimizer=replace(
+                config.optimizer, decay_steps=config.optimizer.decay_end(config.train.steps)
+            ),
+        )
+    if dry_run:
+        captured = capture_aloud(config)
+        show_plan(_plan_to_follow(config, captured, RunDirectory(path) if path else None))
+        return
+    directory = RunDirectory(path) if path else RunDirectory.fresh(name, datetime.now())
+    config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
+    with _signals() as should_stop, Progress() as progress:
+        _train(config, name, directory, progress, should_stop, json=json)
 
 
 def _same_number_of_devices(directory: RunDirectory) -> bool:
     if not directory.plan.is_file():
         return True
-    use_devices(None)
     return len(compilation.read_plan(directory.plan).devices) == len(jax.devices())
 
 
@@ -124,7 +129,7 @@ def _train(
         captured = capture(config)
     for warning in captured.warnings:
         progress.say(f"note: {warning}")
-    planned = make_plan(config, captured, None, on_cluster=True)
+    planned = _plan_to_follow(config, captured, directory)
     program = lower(config, planned)
     with ExitStack() as stack:
         directory.path.mkdir(parents=True, exist_ok=True)
@@ -173,6 +178,33 @@ def _train(
         sample=text,
     )
     _conclude(outcome, directory, text, started, json=json)
+
+
+def _plan_to_follow(
+    config: RunConfig, captured: Captured, directory: RunDirectory | None
+) -> Planned:
+    """The plan the run has had so far, unless its devices, its batch or the user's wishes changed.
+
+    A new search might choose otherwise, on a machine with another amount of memory
+    or with a later cost model, and the losses would no longer be the same bit for bit.
+    """
+    if (
+        directory is not None
+        and directory.config_yaml.is_file()
+        and directory.plan.is_file()
+        and config.plan.file is None
+    ):
+        then = compilation.read_plan(directory.plan)
+        if (
+            load(str(directory.config_yaml)).plan == config.plan
+            and then.global_batch == config.train.global_batch
+            and then.cluster == local_cluster().name
+        ):
+            kept = replace(config, plan=replace(config.plan, file=str(directory.plan)))
+            planned = make_plan(kept, captured, None)
+            if planned.cost.peak_bytes <= planned.limit_bytes:
+                return planned
+    return make_plan(config, captured, None)
 
 
 def _introduce(

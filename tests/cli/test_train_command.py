@@ -131,6 +131,40 @@ def test_a_flipped_byte_is_named_and_the_step_before_is_used(finished, tmp_path)
     assert (run / "checkpoints" / "20.damaged").is_dir()
 
 
+CONTRADICTIONS = {
+    "--run-dir elsewhere": "drop the other",
+    "train.run_dir=elsewhere": "drop the other",
+    "configs/gpt.gin": "write: shardpar train configs/gpt.gin --run-dir run",
+}
+
+
+@pytest.mark.parametrize("extra", CONTRADICTIONS)
+def test_resuming_a_run_in_two_places_or_with_two_configs_is_refused(extra, tmp_path):
+    done = shardpar("train", "--resume", "run", *extra.split(), cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert CONTRADICTIONS[extra] in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_plan_until_devices_or_pins_change(finished, tmp_path):
+    run = copy_of(finished, tmp_path)
+    stored = run / "plan.yaml"
+    # A plan that no search of today would find: an edited one stays the plan of the run.
+    stored.write_text(stored.read_text().replace("fsdp: [a, b, c]", "zero1: [a, b, c]"))
+    shown = {}
+    for name, extra in {
+        "same": ("--devices", "8"),
+        "fewer": ("--devices", "4"),
+        "pinned": ("--devices", "8", "plan.tensor=8"),
+    }.items():
+        shown[name] = shardpar("train", "--resume", "run", "--dry-run", *extra, cwd=tmp_path).stdout
+    assert "zero1-8" in shown["same"]
+    assert "zero1" not in shown["fewer"] + shown["pinned"]
+    assert "0-3" in shown["fewer"]
+    assert "tp8" in shown["pinned"]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_devices_and_another_plan(finished, tmp_path):
     run = copy_of(finished, tmp_path)

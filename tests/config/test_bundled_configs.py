@@ -15,13 +15,15 @@ def test_the_list_of_bundled_configs():
         "configs/gpt.gin",
         "configs/gpt.yaml",
         "configs/gpt2_small.gin",
+        "configs/gpt2_small.yaml",
         "configs/llama_70b.gin",
         "configs/llama_7b.gin",
     } <= set(bundled_configs())
 
 
-def test_gpt_yaml_and_gpt2_small_gin_say_the_same():
-    assert load("configs/gpt.yaml") == load("configs/gpt2_small.gin")
+@pytest.mark.parametrize("name", ["gpt", "gpt2_small"])
+def test_gin_and_yaml_say_the_same(name):
+    assert load(f"configs/{name}.yaml") == load(f"configs/{name}.gin")
 
 
 def test_the_demo_reads_nothing_but_what_python_carries():
