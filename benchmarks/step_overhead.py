@@ -42,6 +42,7 @@ BATCH, LENGTH = 16, 128
 gpt: Any = load_model_source(Path(__file__).parents[1] / "models" / "gpt.py")
 OPTIONS = gpt.GPTOptions(vocab_size=512, layers=4, width=256, heads=8, max_length=LENGTH)
 TENSOR = {"vocab", "mlp", "heads"}
+WHO = ("hand", "ours")
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,14 @@ class Case:
     fsdp: bool = False
     tensor: int = 1
     zero1: bool = False
+    gather: bool = False  # the expert asks for whole parameters once, before the model runs
 
 
 CASES = (
     Case("1 device", 1, {}),
     Case("dp8", 8, {}, data=8),
     Case("fsdp8", 8, {"fsdp": ("a", "b", "c")}, data=8, fsdp=True),
+    Case("fsdp8, gathered", 8, {"fsdp": ("a", "b", "c")}, data=8, fsdp=True, gather=True),
     Case("tp8", 8, {"tensor": ("a", "b", "c")}, tensor=8),
     Case("dp2 x tp4", 8, {"tensor": ("b", "c")}, data=2, tensor=4),
     Case("zero1", 8, {"zero1": ("a", "b", "c")}, data=8, zero1=True),
@@ -111,6 +114,8 @@ def by_hand(case: Case) -> tuple[Any, Any]:
     template = nnx.to_flat_state(params)
 
     def loss(flat: Any, batch: Any) -> Any:
+        if case.gather:
+            flat = {p: jax.lax.with_sharding_constraint(x, whole) for p, x in flat.items()}
         state = nnx.from_flat_state(
             [(path, variable.replace(flat[path])) for path, variable in template]
         )
@@ -225,18 +230,19 @@ def main() -> None:
         for row in rows:
             print(json.dumps(row))
         return
-    print("| case | ratio | 95% interval | collectives by hand | shardpar |")
-    print("|---|---|---|---|---|")
+    print("| case | ratio | 95% interval | dot, fusion | collectives by hand | shardpar |")
+    print("|---|---|---|---|---|---|")
     for row in rows:
         text = [
             ", ".join(f"{n} {k} {b:,} B" for k, (n, b) in row[f"collectives_{who}"].items())
             or "none"
-            for who in ("hand", "ours")
+            for who in WHO
         ]
+        ops = [f"{row[f'ops_{who}']['dot']}, {row[f'ops_{who}']['fusion']}" for who in WHO]
         low, high = row["interval"]
         print(
-            f"| {row['case']} | {row['ratio']:.3f} | {low:.3f}–{high:.3f} | {text[0]} | "
-            f"{'the same' if text[0] == text[1] else text[1]} |"
+            f"| {row['case']} | {row['ratio']:.3f} | {low:.3f}–{high:.3f} | {ops[0]} → {ops[1]} | "
+            f"{text[0]} | {'the same' if text[0] == text[1] else text[1]} |"
         )
 
 
