@@ -35,7 +35,7 @@ from shardpar.config.model_source import load_model_source  # noqa: E402
 from shardpar.lowering.collectives import collectives, op_counts  # noqa: E402
 from shardpar.lowering.options import ProgramOptions  # noqa: E402
 from shardpar.lowering.program import Program  # noqa: E402
-from shardpar.spec import layout as spec  # noqa: E402
+from shardpar.spec import mesh as spec  # noqa: E402
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage  # noqa: E402
 
 BATCH, LENGTH = 16, 128

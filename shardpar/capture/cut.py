@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from shardpar.capture._compat import as_function, call_jaxpr, contains, is_literal, run_equation
 from shardpar.capture.layers import marked_class
-from shardpar.capture.model import AbstractModel, Loss, loss_and_weight
+from shardpar.capture.model import AbstractModel, Loss, loss_and_weight, told
 from shardpar.errors import CaptureError, ShardparError
 from shardpar.spec.select import layer_name
 
@@ -96,10 +96,8 @@ def cut(
     except ShardparError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "")
         raise CaptureError(
-            f"the loss cannot be traced for batch {_shapes(batch)}: "
-            f"{type(error).__name__}: {reason}"
+            f"the loss cannot be traced for batch {_shapes(batch)}: {told(error)}"
         ) from error
     if any(_is_wrapper(eqn) for eqn in closed.jaxpr.eqns):
         closed = _inline(closed)

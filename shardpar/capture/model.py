@@ -6,8 +6,10 @@ an array, the form every later floor uses.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +17,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from shardpar.capture.layers import marked_name
-from shardpar.errors import CaptureError
+from shardpar.errors import CaptureError, ShardparError
 
 Init = Callable[[nnx.Rngs], nnx.Module]
 Loss = Callable[[Any, Any], Any]
 Arrays = dict[str, Any]
+
+_LONGEST_TEXT = 500
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +93,15 @@ def abstract_model(init: Init) -> AbstractModel:
     with nnx.use_eager_sharding(False):
         try:
             model = nnx.eval_shape(build)
+        except ShardparError:
+            raise
         except jax.errors.JAXTypeError as error:
             raise CaptureError(
                 "the model's constructor reads the value of a parameter or random number "
                 f"({str(error).splitlines()[0]}); make it depend on shapes only"
             ) from error
+        except Exception as error:
+            raise CaptureError(f"the model's constructor failed: {told(error)}") from error
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     flat_params, params_tree = _flatten(params)
     flat_rest, rest_tree = _flatten(rest)
@@ -111,6 +119,19 @@ def abstract_model(init: Init) -> AbstractModel:
     return AbstractModel(
         init, graphdef, flat_params, flat_rest, dims, marked, params_tree, rest_tree
     )
+
+
+def told(error: Exception) -> str:
+    """An error in the user's code as one line: its kind, its message, and the line it is from."""
+    ours = Path(__file__).parents[1]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if "site-packages" not in frame.filename and ours not in Path(frame.filename).parents
+    ]
+    where = f" ({frames[-1].filename} line {frames[-1].lineno})" if frames else ""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:_LONGEST_TEXT]}{where}"
 
 
 def _flatten(state: Any) -> tuple[Arrays, Any]:

@@ -25,7 +25,9 @@ ConfigAndOverrides = Annotated[
 ]
 Devices = Annotated[
     int | None,
-    typer.Option("--devices", min=1, help="Use this many virtual CPU devices.", show_default=False),
+    typer.Option(
+        "--devices", min=1, max=512, help="Use this many virtual CPU devices.", show_default=False
+    ),
 ]
 PlanFile = Annotated[
     str | None,

@@ -9,11 +9,10 @@ import shutil
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from shardpar.cli.arguments import Devices, Json
 from shardpar.cli.later import later
@@ -99,7 +98,11 @@ def _show(findings: list[Finding]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for _ in range(3):
         table.add_column(overflow="fold")
-    marks: dict[str, Any] = {"ok": "[green]✓[/]", "note": "[yellow]•[/]", "problem": "[red]✗[/]"}
+    marks = {
+        "ok": Text("✓", style="green"),
+        "note": Text("•", style="yellow"),
+        "problem": Text("✗", style="red"),
+    }
     for finding in findings:
-        table.add_row(marks[finding.level], escape(finding.what), f"[dim]{escape(finding.fix)}[/]")
+        table.add_row(marks[finding.level], finding.what, Text(finding.fix, style="dim"))
     console().print(table)

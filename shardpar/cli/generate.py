@@ -24,7 +24,7 @@ def generate(
         int | None, typer.Option("--top-k", min=1, help="Sample among so many.", show_default=False)
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, help="The same seed gives the same text.")
+        int, typer.Option("--seed", min=0, max=2**32 - 1, help="The same seed gives the same text.")
     ] = 0,
     step: Annotated[
         int | None,

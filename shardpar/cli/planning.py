@@ -59,6 +59,13 @@ def use_devices(devices: int | None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(home / "shardpar" / "xla"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"jax finds no device: {reason}; unset JAX_PLATFORMS, or see `shardpar doctor`"
+        ) from None
 
 
 def capture(config: RunConfig, notify: Callable[[str], None] = lambda _: None) -> Captured:
@@ -227,7 +234,7 @@ def show_plan(planned: Planned) -> None:
     if found.too_big:
         screen.print(f"{found.too_big} candidates did not fit in memory", style="dim")
     for reason, count in found.rejected[:5]:
-        screen.print(f"{count} rejected: {reason}", style="dim", markup=False, highlight=False)
+        screen.print(f"{count} rejected: {reason}", style="dim", highlight=False)
 
 
 def _plan_json(planned: Planned) -> dict[str, Any]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import jax
 
-from shardpar.cli.planning import capture_aloud, lower, make_plan, use_devices
+from shardpar.cli.planning import capture_aloud, use_devices
 from shardpar.cli.tables import print_json
 from shardpar.config.load import load
-from shardpar.errors import RunError
+from shardpar.config.schema import RunConfig
+from shardpar.errors import RunError, UserError
 from shardpar.lowering.devices import local_cluster
-from shardpar.planner.options import SearchOptions
+from shardpar.lowering.program import Program
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
 from shardpar.run.progress import Progress
+from shardpar.spec.mesh import Mesh
+from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
+from shardpar.spec.select import every_layer
 from shardpar.train.generate import generate as sample_tokens
+from shardpar.train.optimizer import make_optimizer
 from shardpar.train.tokenizer import Tokenizer, from_text
 
 TOKENIZER = "tokenizer.json"
@@ -37,12 +41,11 @@ def generate(
     """`shardpar generate`."""
     directory = RunDirectory.existing(Path(run))
     use_devices(devices)
-    config = load(str(directory.config_yaml))
-    config = replace(config, plan=SearchOptions())
+    config = load(str(directory.config_yaml), find_files=False)
     tokenizer = read_tokenizer(directory)
     with Progress() as progress:
         with progress.phase("restoring"):
-            program = lower(config, make_plan(config, capture_aloud(config), None))
+            program = _spread(config)
             shapes = program.state_shapes
             with Checkpoints(
                 directory.checkpoints, notify=progress.say, read_only=True
@@ -68,15 +71,25 @@ def generate(
         print(text)  # noqa: T201
 
 
+def _spread(config: RunConfig) -> Program:
+    """The model, its parameters spread over all devices; without training nothing is to plan."""
+    captured = capture_aloud(config)
+    devices = tuple(range(len(jax.devices())))
+    mesh = Mesh.factored(len(devices))
+    strategy = LayerStrategy(every_layer(captured.graph), fsdp=mesh.names)
+    pipeline = Pipeline(len(devices), len(devices), (Stage(devices, mesh, (strategy,)),))
+    plan = Plan("generate", len(devices), (pipeline,))
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    return Program(captured, plan, optimizer, config.program)
+
+
 def diagnose(devices: int | None) -> list[tuple[str, str, str]]:
     """The part of `shardpar doctor` that asks jax: (level, what, fix) findings."""
-    use_devices(devices)
     try:
-        found = jax.devices()
-    except RuntimeError as error:
-        return [
-            ("problem", f"jax finds no device: {str(error).splitlines()[0]}", "unset JAX_PLATFORMS")
-        ]
+        use_devices(devices)
+    except UserError as error:
+        return [("problem", str(error), "unset JAX_PLATFORMS")]
+    found = jax.devices()
     cluster = local_cluster()
     kind = cluster.kinds[0]
     findings = [

@@ -10,7 +10,6 @@ from typing import Any
 
 import msgspec
 from rich.console import Console, Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +18,7 @@ from shardpar.config.schema import RunConfig
 from shardpar.errors import PlanError
 from shardpar.planner.cost import PlanCost
 from shardpar.spec.graph import LayerGraph, Parameter
-from shardpar.spec.layout import GroupLayout, Mesh
+from shardpar.spec.mesh import GroupLayout, Mesh
 from shardpar.spec.parameters import FSDP_MIN_SIZE, parameter_layout
 from shardpar.spec.plan import LayerStrategy, Plan
 from shardpar.spec.select import strategies, summarise
@@ -33,8 +32,11 @@ _COLOURS = ("cyan", "magenta", "yellow", "green", "blue", "red", "white", "brigh
 
 def console(stderr: bool = False) -> Console:
     """A console that does not fold lines when its output goes to a file or a pipe."""
-    plain = Console(stderr=stderr)
-    return plain if plain.is_terminal else Console(stderr=stderr, width=140)
+    # Names of runs, plans and layers may hold brackets: no text is markup.
+    plain = Console(stderr=stderr, markup=False, emoji=False)
+    if plain.is_terminal:
+        return plain
+    return Console(stderr=stderr, markup=False, emoji=False, width=140)
 
 
 def print_json(value: Any) -> None:
@@ -67,7 +69,7 @@ def graph_table(graph: LayerGraph) -> Group:
         members = [layer.name for layer in graph.layers if layer.class_name == cls.name]
         tied = f" (ties {', '.join(p.name for p in cls.tied)})" if cls.tied else ""
         table.add_row(
-            escape(summarise(members)),
+            summarise(members),
             cls.name,
             str(len(members)),
             _count(cls.num_parameters) + tied,
@@ -105,7 +107,7 @@ def plan_table(plan: Plan, graph: LayerGraph, cost: PlanCost | None, limit_bytes
                 table.add_row(
                     f"{p}.{s}" if first else "",
                     _device_range(stage.devices) if first else "",
-                    escape(summarise([x.name for x in graph.layers if x.name in names])),
+                    summarise([x.name for x in graph.layers if x.name in names]),
                     describe(strategy, stage.mesh),
                     f"{pipeline.num_microbatches} x {pipeline.microbatch}" if first else "",
                     f"{priced.step_s * 1e3:,.1f}" if first and priced else "",
@@ -150,7 +152,7 @@ def shardings_view(plan: Plan, graph: LayerGraph) -> Group:
         layout = parameter_layout(parameter, strategy, stage.mesh, plan.tensor_dims)
         shard = layout.shard_shape(parameter.shape)
         table.add_row(
-            escape(_summary(names)),
+            _summary(names),
             _shape(parameter.shape),
             ", ".join(d or "-" for d in parameter.dims) or "scalar",
             str(layout),
@@ -202,7 +204,7 @@ def picture(layout: GroupLayout, parameter: Parameter, devices: Sequence[int]) -
                 at[d] = b
             owners = holders[tuple(at)]
             colour = _COLOURS[owners[0] % len(_COLOURS)]
-            cells.append(f"[{colour}]{_device_range(tuple(owners))}[/]")
+            cells.append(Text(_device_range(tuple(owners)), style=colour))
         table.add_row(_span(r, shard[rows[0]]), *cells)
     return table
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from shardpar.capture.trace import Captured
-from shardpar.cli.arguments import read_config
+from shardpar.cli.arguments import read_cluster, read_config
 from shardpar.cli.planning import (
     Planned,
     capture,
@@ -24,28 +24,33 @@ from shardpar.cli.planning import (
     make_plan,
     show_plan,
     use_devices,
-    write_text,
 )
 from shardpar.cli.sampling import TOKENIZER, read_tokenizer
 from shardpar.cli.tables import console, describe, print_json
 from shardpar.config.load import load
+from shardpar.config.model_source import find_model
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import RunConfig
-from shardpar.errors import ConfigError
+from shardpar.errors import ConfigError, RunError, UserError
 from shardpar.lowering.devices import local_cluster
 from shardpar.lowering.program import Program
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
+from shardpar.run.durable import write_atomically
 from shardpar.run.environment import describe_environment
 from shardpar.run.metrics import MetricsLog
 from shardpar.run.progress import Progress, clock_time
 from shardpar.run.report import write_report
+from shardpar.spec.cluster import Cluster
 from shardpar.spec.text import plan_to_text
 from shardpar.train import compile as compilation
 from shardpar.train.data import TextData, load_text
 from shardpar.train.generate import generate as sample_tokens
 from shardpar.train.loop import Outcome, Surroundings, require_vocabulary
 from shardpar.train.loop import train as run_loop
+
+MODEL = "model.py"
+"""The model's source, kept to see whether it was changed between two sessions."""
 
 _PINS = ("file", "data", "fsdp", "tensor", "sequence_parallel", "recompute", "microbatch")
 
@@ -94,14 +99,35 @@ def _begin(config: RunConfig, name: str, path: Path | None, *, json: bool, dry_r
                 config.optimizer, decay_steps=config.optimizer.decay_end(config.train.steps)
             ),
         )
+    machines = _machines(config)
     if dry_run:
         captured = capture_aloud(config)
-        show_plan(_plan_to_follow(config, captured, RunDirectory(path) if path else None))
+        followed = RunDirectory(path) if path else None
+        show_plan(_plan_to_follow(config, captured, followed, machines))
         return
     directory = RunDirectory(path) if path else RunDirectory.fresh(name, datetime.now())
     config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
     with _signals() as should_stop, Progress() as progress:
-        _train(config, name, directory, progress, should_stop, json=json)
+        _train(config, name, directory, machines, progress, should_stop, json=json)
+
+
+def _machines(config: RunConfig) -> Cluster:
+    """The devices at hand, with the rates of the config's cluster file if it names one.
+
+    Raises:
+      ConfigError: the file describes another number of devices.
+    """
+    here = local_cluster()
+    if config.plan.cluster is None:
+        return here
+    described = read_cluster(config.plan.cluster)
+    if described.num_devices != here.num_devices:
+        raise ConfigError(
+            f"plan.cluster, {config.plan.cluster}, has {described.num_devices} devices, and there "
+            f"are {here.num_devices} to train on; drop plan.cluster, or plan for it with "
+            "`shardpar plan`"
+        )
+    return described
 
 
 def _same_number_of_devices(directory: RunDirectory) -> bool:
@@ -114,11 +140,13 @@ def _train(
     config: RunConfig,
     name: str,
     directory: RunDirectory,
+    machines: Cluster,
     progress: Progress,
     should_stop: Callable[[], bool],
     *,
     json: bool,
 ) -> None:
+    directory.make()
     started = time.monotonic()
     stored = read_tokenizer(directory) if (directory.path / TOKENIZER).is_file() else None
     with progress.phase("reading the data"):
@@ -129,21 +157,14 @@ def _train(
         captured = capture(config)
     for warning in captured.warnings:
         progress.say(f"note: {warning}")
-    planned = _plan_to_follow(config, captured, directory)
+    planned = _plan_to_follow(config, captured, directory, machines)
     program = lower(config, planned)
     with ExitStack() as stack:
-        directory.path.mkdir(parents=True, exist_ok=True)
         checkpoints = stack.enter_context(
             Checkpoints(directory.checkpoints, config.checkpoint, notify=progress.say)
         )
-        texts = {
-            "config.yaml": to_yaml(config),
-            "config.gin": to_gin(config),
-            "plan.yaml": plan_to_text(planned.plan),
-            TOKENIZER: data.tokenizer.to_text(),
-        }
-        for file, text in texts.items():
-            write_text(directory.path / file, text)
+        texts = _texts(config, planned, data)
+        _note_changed_model(texts[MODEL], directory, progress)
         metrics = stack.enter_context(
             MetricsLog(
                 directory.metrics,
@@ -158,14 +179,21 @@ def _train(
             config.train,
             config.checkpoint,
             Surroundings(
-                checkpoints, metrics, progress, texts, should_stop, _peak_flops(config, planned)
+                checkpoints,
+                metrics,
+                progress,
+                texts,
+                lambda: _write_all(texts, directory),
+                should_stop,
+                _peak_flops(config, planned),
             ),
         )
     text = _sample(config, program, outcome, data, progress)
+    ended = "stopped" if outcome.stopped else "diverged" if outcome.diverged else "finished"
     write_report(
         directory,
         title=name,
-        status="stopped" if outcome.stopped else "finished",
+        status=ended,
         facts={
             "parameters": f"{captured.graph.num_parameters:,}",
             "plan": describe(
@@ -180,8 +208,40 @@ def _train(
     _conclude(outcome, directory, text, started, json=json)
 
 
+def _texts(config: RunConfig, planned: Planned, data: TextData) -> dict[str, str]:
+    """What is kept beside the run and each of its checkpoints: all that is needed to go on."""
+    if config.plan.file is not None:
+        # The plan is kept too, so the run does not depend on the file it came from.
+        config = replace(config, plan=replace(config.plan, file="plan.yaml"))
+    return {
+        "config.yaml": to_yaml(config),
+        "config.gin": to_gin(config),
+        "plan.yaml": plan_to_text(planned.plan),
+        TOKENIZER: data.tokenizer.to_text(),
+        MODEL: find_model(config.model.source).read_text(),
+    }
+
+
+def _write_all(texts: dict[str, str], directory: RunDirectory) -> None:
+    for file, text in texts.items():
+        try:
+            write_atomically(directory.path / file, text.encode())
+        except OSError as error:
+            raise RunError(
+                f"{directory.path / file} cannot be written: {error.strerror}; make room first"
+            ) from error
+
+
+def _note_changed_model(text: str, directory: RunDirectory, progress: Progress) -> None:
+    stored = directory.path / MODEL
+    if stored.is_file() and stored.read_text() != text:
+        progress.say(
+            f"note: the model's file is not what it was; {stored} has the text of the last session"
+        )
+
+
 def _plan_to_follow(
-    config: RunConfig, captured: Captured, directory: RunDirectory | None
+    config: RunConfig, captured: Captured, directory: RunDirectory | None, machines: Cluster
 ) -> Planned:
     """The plan the run has had so far, unless its devices, its batch or the user's wishes changed.
 
@@ -196,15 +256,15 @@ def _plan_to_follow(
     ):
         then = compilation.read_plan(directory.plan)
         if (
-            load(str(directory.config_yaml)).plan == config.plan
+            load(str(directory.config_yaml), find_files=False).plan == config.plan
             and then.global_batch == config.train.global_batch
-            and then.cluster == local_cluster().name
+            and then.cluster == machines.name
         ):
             kept = replace(config, plan=replace(config.plan, file=str(directory.plan)))
-            planned = make_plan(kept, captured, None)
+            planned = make_plan(kept, captured, machines)
             if planned.cost.peak_bytes <= planned.limit_bytes:
                 return planned
-    return make_plan(config, captured, None)
+    return make_plan(config, captured, machines)
 
 
 def _introduce(
@@ -232,16 +292,20 @@ def _sample(
 ) -> str | None:
     if config.train.sample_prompt is None or outcome.stopped:
         return None
-    with progress.phase("writing a sample"):
-        ids = sample_tokens(
-            program.captured.model,
-            outcome.state.params,
-            outcome.state.rest,
-            data.tokenizer.encode(config.train.sample_prompt),
-            tokens=config.train.sample_tokens,
-            window=config.data.sequence_length,
-            seed=config.train.seed,
-        )
+    try:
+        with progress.phase("writing a sample"):
+            ids = sample_tokens(
+                program.captured.model,
+                outcome.state.params,
+                outcome.state.rest,
+                data.tokenizer.encode(config.train.sample_prompt),
+                tokens=config.train.sample_tokens,
+                window=config.data.sequence_length,
+                seed=config.train.seed,
+            )
+    except UserError as error:
+        progress.say(f"note: no sample: {error}")
+        return None
     return data.tokenizer.decode(ids)
 
 
@@ -262,6 +326,11 @@ def _conclude(
         [f"eval loss {outcome.eval_loss:.4f} nats/token"] if outcome.eval_loss is not None else []
     )
     words += [f"{outcome.skipped} updates skipped"] if outcome.skipped else []
+    if outcome.diverged:
+        raise RunError(
+            f"the run diverged: the loss is not finite after {', '.join(words)}; begin again with "
+            f"a lower optimizer.learning_rate or a longer warm-up. Report: {directory.report}"
+        )
     screen.print(
         f"done in {clock_time(time.monotonic() - started)}: {', '.join(words)}", highlight=False
     )
@@ -282,7 +351,7 @@ def _peak_flops(config: RunConfig, planned: Planned) -> float | None:
 
 def _same_run(config: RunConfig, directory: RunDirectory) -> RunConfig:
     """The config, if it says the same run as the one stored in the directory."""
-    stored = load(str(directory.config_yaml))
+    stored = load(str(directory.config_yaml), find_files=False)
     if config.optimizer.decay_steps is None:
         config = replace(
             config, optimizer=replace(config.optimizer, decay_steps=stored.optimizer.decay_steps)
@@ -307,6 +376,8 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
     }
     for section in ("data", "optimizer"):
         values.update({f"{section}.{k}": v for k, v in vars(getattr(config, section)).items()})
+    # The same text may lie elsewhere; the position in the data proves that it is the same.
+    del values["data.path"]
     return values
 
 

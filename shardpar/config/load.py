@@ -50,13 +50,20 @@ class _Findings:
         self.problems.append(f"{place}: {text}")
 
 
-def load(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load(
+    path: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    find_files: bool = True,
+) -> RunConfig:
     """Reads a config and checks it, without importing jax or flax.
 
     Args:
       path: a .gin, .yaml or .yml file, or the name of a bundled one; None is the demo.
       overrides: `section.key=value` each, value a YAML scalar or list. They win over the file,
         and a later one over an earlier one. Text needs no quotes.
+      find_files: whether the files that it names must be there; without, their paths stay as
+        they are written.
 
     Returns:
       The resolved config. Paths that were found are absolute: they are looked for beside the
@@ -80,7 +87,8 @@ def load(path: str | os.PathLike[str] | None = None, overrides: Sequence[str] = 
     }
     bindings = {b.name: b for b in (*document.bindings, *_parse(raw, hints, findings))}
     _judge(bindings.values(), hints, options is not None, findings)
-    _find_files(findings)
+    if find_files:
+        _find_files(findings)
     config = RunConfig(
         model=ModelConfig(source, _model_values(file, options, findings) if options else ()),
         **{name: cls(**findings.values.get(name, {})) for name, cls in section_classes().items()},

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from shardpar.spec.layout import Axes, GroupLayout
+from shardpar.errors import SpecError
+from shardpar.spec.layout import Group
+from shardpar.spec.mesh import Axes, GroupLayout
+from shardpar.spec.mesh import Mesh as SpecMesh
 
 
 def partition_spec(dims: tuple[Axes, ...], stacked: int = 0) -> PartitionSpec:
@@ -23,6 +28,68 @@ def partition_spec(dims: tuple[Axes, ...], stacked: int = 0) -> PartitionSpec:
 def named_sharding(mesh: Mesh, layout: GroupLayout, stacked: int = 0) -> NamedSharding:
     """The NamedSharding that lays an array out this way."""
     return NamedSharding(mesh, partition_spec(layout.dims, stacked))
+
+
+def group_sharding(group: Group, rank: int, devices: Sequence[jax.Device]) -> NamedSharding:
+    """The NamedSharding of one group's array; its addends are `unreduced` axes.
+
+    Args:
+      group: its devices are positions in `devices`.
+      rank: dims of the array.
+      devices: all devices of the cluster.
+
+    Raises:
+      SpecError: the group names a device that is not there, or a dim the array has not.
+
+    >>> tuple(group_sharding(Group((0,)), 2, jax.devices()).spec)
+    (None, None)
+    """
+    if max(group.devices) >= len(devices):
+        raise SpecError(
+            f"group {group} is on device {max(group.devices)}, but there are {len(devices)} "
+            "devices, counted from 0"
+        )
+    return axes_sharding(group.named(rank), [devices[d] for d in group.devices])
+
+
+def axes_sharding(
+    layout: GroupLayout, devices: Sequence[jax.Device], *, explicit: bool = False
+) -> NamedSharding:
+    """The NamedSharding of a layout over named axes, on these devices in mesh order."""
+    array = np.empty(len(devices), dtype=object)
+    array[:] = devices
+    # JAX knows addends on Explicit axes only; models are compiled on Auto ones.
+    kind = AxisType.Explicit if layout.partial or explicit else AxisType.Auto
+    sizes, names = layout.mesh.sizes, layout.mesh.names
+    mesh = Mesh(array.reshape(sizes), names, axis_types=(kind,) * len(names))
+    spec = partition_spec(layout.dims)
+    if layout.partial:
+        spec = PartitionSpec(*spec, unreduced=frozenset(layout.partial))
+    return NamedSharding(mesh, spec)
+
+
+def group_of(sharding: NamedSharding, devices: Sequence[jax.Device]) -> Group:
+    """The group layout that a NamedSharding is: the inverse of `group_sharding`.
+
+    Args:
+      sharding: over devices that are among `devices`.
+      devices: all devices of the cluster.
+
+    Raises:
+      SpecError: a device is not among them.
+    """
+    position = {device: i for i, device in enumerate(devices)}
+    there = list(sharding.mesh.devices.flat)
+    stray = [device for device in there if device not in position]
+    if stray:
+        raise SpecError(f"the sharding is on {stray[0]}, which is not among the given devices")
+    dims = tuple(
+        () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+        for entry in sharding.spec.partitions
+    )
+    mesh = SpecMesh(tuple(sharding.mesh.shape.items()))
+    partial = tuple(axis for axis in mesh.names if axis in sharding.spec.unreduced)
+    return Group.of(tuple(position[d] for d in there), GroupLayout(mesh, dims, partial))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

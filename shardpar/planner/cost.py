@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from shardpar.planner.profile import Rates, link_of, rates
 from shardpar.spec.cluster import Cluster, Link
 from shardpar.spec.graph import DTYPE_BYTES, LayerClass, LayerGraph, Parameter
-from shardpar.spec.layout import GroupLayout
+from shardpar.spec.mesh import GroupLayout
 from shardpar.spec.parameters import compute_layout, optimizer_layout, parameter_layout
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
 from shardpar.spec.select import strategies

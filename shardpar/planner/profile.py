@@ -7,7 +7,7 @@ import itertools
 from dataclasses import dataclass
 
 from shardpar.spec.cluster import Cluster, Link
-from shardpar.spec.layout import Axes, Mesh
+from shardpar.spec.mesh import Axes, Mesh
 from shardpar.spec.plan import Stage
 
 OVERLAP = 0.5

@@ -17,7 +17,7 @@ from shardpar.planner.strategies import Candidate, candidates
 from shardpar.spec.check import check
 from shardpar.spec.cluster import Cluster, Hosts
 from shardpar.spec.graph import LayerGraph
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import Objective, Pipeline, Plan, Stage
 
 GIB = 2**30

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from shardpar.planner.options import SearchOptions
 from shardpar.spec.graph import LayerGraph
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Recompute
+from shardpar.spec.select import every_layer
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,7 @@ def candidates(
       global_batch: sequences per step.
       options: pinned degrees are kept, the others enumerated.
     """
-    selector = f"{graph.layers[0].name}..{graph.layers[-1].name}"
-    if len(graph.layers) == 1:
-        selector = graph.layers[0].name
+    selector = every_layer(graph)
     names = mesh.names
     recomputes: tuple[Recompute, ...] = ("none", "selective", "full")
     for tensor_from in range(len(names), -1, -1):

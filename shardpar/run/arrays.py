@@ -33,6 +33,7 @@ class ArrayStore:
         options = ocp.options.AsyncOptions(
             timeout_secs=_SAVE_TIMEOUT_S, create_directories_asynchronously=False
         )
+        logging.getLogger("concurrent.futures").addFilter(_is_news)
         self._orbax = ocp.AsyncCheckpointer(handler, async_options=options)
 
     def begin_write(self, path: Path, leaves: Mapping[str, jax.Array]) -> None:
@@ -154,6 +155,13 @@ def _restored(leaf: Any, bits: jax.Array | None) -> jax.Array:
         empty = _bits(leaf)
         bits = jnp.zeros(empty.shape, empty.dtype, device=leaf.sharding)
     return jax.random.wrap_key_data(bits, impl=leaf.dtype) if is_key(leaf) else bits
+
+
+def _is_news(entry: logging.LogRecord) -> bool:
+    # Writes that a full disk cut short may end after Orbax has closed its event loop and has
+    # raised to us what went wrong; each of them would log a traceback of its own.
+    error = entry.exc_info[1] if entry.exc_info else None
+    return not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed")
 
 
 @contextmanager

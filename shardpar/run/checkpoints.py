@@ -171,6 +171,18 @@ class Checkpoints:
         """The steps that are stored, oldest first; one still being written is not among them."""
         return self._steps.committed()
 
+    def require_none_lost(self) -> None:
+        """Refuses to begin anew where steps were stored and none is whole any more.
+
+        Raises:
+          CheckpointError: no step is stored, but some were moved aside.
+        """
+        if not self.steps() and self._steps.aside():
+            raise CheckpointError(
+                f"{self._directory}: {self._held()}; mend one of these and give it back its name, "
+                "or delete them to begin again from step 0"
+            )
+
     def verify(self, step: int) -> tuple[Fault, ...]:
         """Compares every byte of a step with its manifest.
 

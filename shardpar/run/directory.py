@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from shardpar.errors import RunError, UserError
+
+_STAMP = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
 
 @dataclass(frozen=True)
@@ -72,18 +75,40 @@ class RunDirectory:
         """
         if not path.is_dir():
             raise UserError(f"{path} is not there; name the directory of a run")
-        # Names within one experiment sort by start time, `-10` after `-9` excepted.
-        inside = sorted(
-            (child for child in path.iterdir() if cls(child).is_run()),
-            key=lambda child: (child.name[:15], len(child.name), child.name),
-        )
-        for candidate in (path, *reversed(inside)):
-            if cls(candidate).is_run():
-                return cls(candidate)
+        for inner in (path.absolute(), *path.absolute().parents):
+            # A checkpoint has the run's config beside it, and would pass for a run.
+            if inner.name == "checkpoints" and cls(inner.parent).is_run():
+                outer = path if inner == path.absolute() else inner
+                raise UserError(f"{path} is inside a run; name the run, {outer.parent}")
+        if cls(path).is_run():
+            return cls(path)
+        inside = [child for child in path.iterdir() if cls(child).is_run()]
+        unsorted = sorted(child.name for child in inside if not _STAMP.fullmatch(child.name))
+        if len(inside) > 1 and unsorted:
+            raise UserError(
+                f"{path} holds {len(inside)} runs, and {unsorted[0]} does not say when it was "
+                f"started; name the run, such as {path / unsorted[0]}"
+            )
+        if inside:
+            # Names sort by start time, but for `-10` after `-9`.
+            return cls(
+                max(inside, key=lambda child: (child.name[:15], len(child.name), child.name))
+            )
         raise UserError(
             f"{path} holds no run: neither config.yaml nor checkpoints/ is in it; "
             "name a directory such as runs/<name>/<start time>"
         )
+
+    def make(self) -> None:
+        """Creates the directory unless it is there.
+
+        Raises:
+          RunError: it cannot be made.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_make(self.path, error) from error
 
     def is_run(self) -> bool:
         """Whether a run has written here."""

@@ -87,7 +87,8 @@ class MetricsLog:
             raise _cannot_write(self._path, error) from error
         self._print(line)
         for key, value in row.items():
-            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if key != "step" and number and math.isfinite(value):
                 self._tensorboard_add(key, float(value), int(step))
 
     def truncate_after(self, step: int) -> None:
@@ -141,8 +142,8 @@ class MetricsLog:
         try:
             self._stdout.write(line)
             self._stdout.flush()
-        except BrokenPipeError:
-            # The reader left (`| head`); the run is worth more than its printout.
+        except OSError:
+            # The reader left (`| head`) or its disk is full; the run is worth more than that.
             self._stdout = None
 
     def _tensorboard_add(self, key: str, value: float, step: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+
 from shardpar.errors import PlanError
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import Layer, LayerGraph
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.parameters import activation_layout, optimizer_layout
-from shardpar.spec.plan import LayerStrategy, Pipeline, Plan
+from shardpar.spec.plan import TENSOR_DIMS, LayerStrategy, Pipeline, Plan
 from shardpar.spec.select import strategies, summarise
 
 
@@ -33,6 +35,7 @@ def check(plan: Plan, graph: LayerGraph, cluster: Cluster | None = None) -> None
                 f'"{cluster.name}" has {cluster.num_devices} (0 to {cluster.num_devices - 1}); '
                 "plan again for this cluster, or start with more devices"
             )
+    _check_tensor_dims(plan, graph)
     for number, pipeline in enumerate(plan.pipelines):
         try:
             _check_pipeline(pipeline, plan, graph)
@@ -41,12 +44,30 @@ def check(plan: Plan, graph: LayerGraph, cluster: Cluster | None = None) -> None
             raise PlanError(where + str(error)) from None
 
 
+def _check_tensor_dims(plan: Plan, graph: LayerGraph) -> None:
+    if plan.tensor_dims == TENSOR_DIMS:
+        return
+    known = sorted({name for _, _, p in graph.parameters for name in p.dims if name})
+    for name in plan.tensor_dims:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise PlanError(
+                f'tensor_dims has "{name}", which no parameter of {graph.model} has; '
+                + (f'did you mean "{near[0]}"? ' if near else "")
+                + f"its dims are {', '.join(known) or 'not named'}"
+            )
+
+
 def _check_pipeline(pipeline: Pipeline, plan: Plan, graph: LayerGraph) -> None:
     position = 0
-    for stage in pipeline.stages:
-        chosen = strategies(stage, graph)
+    every = [strategies(stage, graph) for stage in pipeline.stages]
+    anywhere = {name for chosen in every for name in chosen}
+    for stage, chosen in zip(pipeline.stages, every, strict=True):
         expected = [layer.name for layer in graph.layers[position : position + len(chosen)]]
         if set(chosen) != set(expected):
+            missing = [layer.name for layer in graph.layers if layer.name not in anywhere]
+            if missing:
+                raise _left_out(missing)
             stray = [n for n in chosen if n not in expected]
             raise PlanError(
                 f"the stage on devices {_ranges(stage.devices)} has layers "
@@ -65,10 +86,14 @@ def _check_pipeline(pipeline: Pipeline, plan: Plan, graph: LayerGraph) -> None:
                     raise PlanError(f"layer {layer.name}: {error}") from None
     rest = [layer.name for layer in graph.layers[position:]]
     if rest:
-        raise PlanError(
-            f"{summarise(rest)} {'has' if len(rest) == 1 else 'have'} no strategy; "
-            "add an entry under layers"
-        )
+        raise _left_out(rest)
+
+
+def _left_out(names: list[str]) -> PlanError:
+    return PlanError(
+        f"{summarise(names)} {'has' if len(names) == 1 else 'have'} no strategy; "
+        "add an entry under layers"
+    )
 
 
 def _check_layer(

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from shardpar.errors import SpecError
+from shardpar.spec.graph import DTYPE_BYTES
 
 Source = Literal["measured", "datasheet", "assumed"]
 
@@ -44,6 +45,12 @@ class DeviceKind:
             raise SpecError(
                 f'device kind "{self.name}": matmul_flops is empty; give {{float32: …}}'
             )
+        for dtype, _ in self.matmul_flops:
+            if dtype not in DTYPE_BYTES:
+                raise SpecError(
+                    f'device kind "{self.name}": matmul_flops has no dtype {dtype}; write one of '
+                    f"{', '.join(DTYPE_BYTES)}"
+                )
         for what, value in (
             *((f"matmul_flops.{k}", v) for k, v in self.matmul_flops),
             ("memory_bytes", self.memory_bytes),

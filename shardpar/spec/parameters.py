@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from shardpar.errors import PlanError
 from shardpar.spec.graph import Activation, Parameter
-from shardpar.spec.layout import Axes, GroupLayout, Mesh
+from shardpar.spec.mesh import Axes, GroupLayout, Mesh
 from shardpar.spec.plan import TENSOR_DIMS, LayerStrategy
 
 FSDP_MIN_SIZE = 2**14

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from shardpar.errors import PlanError
-from shardpar.spec.layout import Axes, Mesh
+from shardpar.spec.mesh import Axes, Mesh
 
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["1f1b", "gpipe"]

@@ -25,6 +25,12 @@ def layer_name(path: str) -> str:
     return re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", path)
 
 
+def every_layer(graph: LayerGraph) -> str:
+    """The selector of all layers of a model."""
+    first, last = graph.layers[0].name, graph.layers[-1].name
+    return first if first == last else f"{first}..{last}"
+
+
 def select(selector: str, graph: LayerGraph) -> tuple[Layer, ...]:
     """The layers a selector names, in graph order.
 

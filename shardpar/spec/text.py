@@ -14,7 +14,7 @@ import yaml
 from shardpar.errors import PlanError, SpecError
 from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
 from shardpar.spec.graph import LayerGraph
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import (
     TENSOR_DIMS,
     LayerStrategy,

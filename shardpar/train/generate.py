@@ -45,7 +45,7 @@ def generate(
       int32[n + tokens], the prompt included.
 
     Raises:
-      UserError: if the prompt is empty.
+      UserError: the prompt is empty, or the model does not return logits.
     """
     prompt = np.asarray(prompt, np.int32)
     if prompt.size == 0:
@@ -53,9 +53,26 @@ def generate(
     context = prompt[-window:]
     buffer = np.zeros((1, window), np.int32)
     buffer[0, : context.size] = context
+    _require_logits(model, params, rest, buffer)
     run = _sampler(model, tokens, float(temperature), top_k)
     added = run(params, rest, buffer, jnp.int32(context.size), jax.random.key(seed))
     return np.concatenate([prompt, np.asarray(added)])
+
+
+def _require_logits(model: AbstractModel, params: Any, rest: Any, buffer: np.ndarray) -> None:
+    def call(params: Any, rest: Any, tokens: Any) -> Any:
+        module: Any = model.merge(params, rest)
+        module.eval()
+        return module(tokens)
+
+    made = jax.eval_shape(call, params, rest, buffer)
+    shape = getattr(made, "shape", None)
+    if shape is None or len(shape) != 3:
+        got = f"an array of shape {shape}" if shape is not None else f"a {type(made).__name__}"
+        raise UserError(
+            "text can be sampled from a model that returns logits [batch, length, vocabulary]; "
+            f"this one returns {got}"
+        )
 
 
 def _sampler(model: AbstractModel, tokens: int, temperature: float, top_k: int | None) -> Any:

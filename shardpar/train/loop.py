@@ -8,6 +8,7 @@ is the run that was never killed.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -51,6 +52,12 @@ class Outcome:
     stopped: bool
     skipped: int
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the last loss was not finite, on the evaluation text neither if there is one."""
+        last = [loss for loss in (self.loss, self.eval_loss) if loss is not None]
+        return bool(last) and not any(map(math.isfinite, last))
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -59,6 +66,7 @@ class Surroundings:
     Attributes:
       checkpoints, metrics, progress: of the run directory.
       files: small texts to keep beside each checkpoint.
+      begun: called when the state is there and steps will be done.
       should_stop: asked after every step.
       peak_flops: of all devices in the compute dtype; None where unknown, then MFU is n/a.
     """
@@ -67,6 +75,7 @@ class Surroundings:
     metrics: MetricsLog
     progress: Progress
     files: Mapping[str, str]
+    begun: Callable[[], None]
     should_stop: Callable[[], bool]
     peak_flops: float | None
 
@@ -94,6 +103,8 @@ def train(
     evaluation = _evaluation_batches(program, data, options)
     with train_batches(data.train, options.global_batch, options.seed) as batches:
         state, start = _begin(program, batches, options, around)
+        if start < options.steps:
+            around.begun()
         return _Loop(program, batches, evaluation, options, saving, around).run(state, start)
 
 
@@ -102,6 +113,7 @@ def _begin(
 ) -> tuple[TrainState, int]:
     checkpoints = around.checkpoints
     if not checkpoints.steps():
+        checkpoints.require_none_lost()
         around.metrics.truncate_after(0)
         with around.progress.phase("initialising"):
             state = program.init(options.seed)
@@ -272,9 +284,11 @@ class _Loop:
             sums = [self.program.evaluate(state, batch) for batch in self.evaluation]
             total = float(sum(np.asarray(t, np.float64) for t, _ in sums))
             weight = float(sum(np.asarray(w, np.float64) for _, w in sums))
-        self.around.metrics.write(step, {"eval_loss": total / weight})
-        self.around.progress.say(f"step {step}: eval loss {total / weight:.4f}")
-        return total / weight
+        # A loss may mask every token of the evaluation text: then there is nothing to say.
+        mean = total / weight if weight else math.nan
+        self.around.metrics.write(step, {"eval_loss": mean})
+        self.around.progress.say(f"step {step}: eval loss {mean:.4f}")
+        return mean
 
     def _save(self, step: int, state: TrainState) -> None:
         position = json.dumps(self.batches.position)

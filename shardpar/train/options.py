@@ -9,6 +9,7 @@ from msgspec import Meta
 
 Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
+Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Fraction = Annotated[float, Meta(ge=0.0, lt=1.0)]
 
 
@@ -96,7 +97,7 @@ class TrainOptions:
 
     steps: Positive = 100
     global_batch: Positive = 8
-    seed: Natural = 0
+    seed: Seed = 0
     run_dir: str | None = None
     log_every: Positive = 10
     eval_every: Natural = 0

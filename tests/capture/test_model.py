@@ -131,6 +131,11 @@ class Misnamed(nnx.Module):
         self.w = nnx.Param(jnp.ones((2, 3)), out_sharding=("embed",))
 
 
+class Raises(nnx.Module):
+    def __init__(self, rngs):
+        self.w = nnx.Param(jnp.ones(2) * {}["oops"])
+
+
 SHAPES = "make it depend on shapes only"
 VALUE = "the model's constructor reads the value of a parameter or random number ("
 
@@ -146,6 +151,7 @@ VALUE = "the model's constructor reads the value of a parameter or random number
             "make it depend on shapes only",
         ),
         (lambda rngs: Reads(rngs, np.asarray), VALUE, SHAPES),
+        (Raises, "the model's constructor failed: KeyError: 'oops' (", "test_model.py line 136)"),
         (nnx.Dict, "Dict has no parameters; there is nothing to train", ""),
         (
             Misnamed,

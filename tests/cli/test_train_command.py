@@ -229,6 +229,8 @@ WRONG = {
     "plan.file=nowhere.yaml": "nowhere.yaml",
     "plan.tensor=3": "data x fsdp x tensor must be 1",
     "model.vocab_size=200": "vocab_size",
+    "train.seed=4294967296": "train.seed must be an integer >= 0",
+    "plan.cluster=configs/clusters/h100x8.yaml": "has 8 devices, and there are 1 to train on",
 }
 
 
@@ -278,3 +280,46 @@ def test_everything_a_run_leaves_behind_is_there_and_trains_again(finished, tmp_
         expected = [loss for _, loss, _ in losses(finished)[:5]]
         np.testing.assert_allclose(got, expected, rtol=2e-5)
         shutil.rmtree(tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_everything_that_is_needed_to_go_on_is_in_the_run(tmp_path):
+    text, plan = tmp_path / "text.txt", tmp_path / "plan.yaml"
+    text.write_text("All work and no play makes Jack a dull boy.\n" * 200)
+    tiny = (*TINY, "train.steps=4", "checkpoint.every_steps=2", "--devices", "2")
+    shardpar("plan", GPT, *tiny, "plan.fsdp=2", "--out", "plan.yaml", cwd=tmp_path)
+    first = (GPT, *tiny, "--plan", "plan.yaml", "data.source=text", "data.path=text.txt")
+    shardpar("train", *first, "--run-dir", "run", cwd=tmp_path)
+    plan.unlink()
+    text.rename(tmp_path / "moved.txt")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    # Three devices divide nothing of this model: to sample from it, nothing has to be planned.
+    done = shardpar("generate", "elsewhere", "--devices", "3", "--tokens", "5", cwd=tmp_path)
+    assert done.stdout.startswith("The ")
+    resume = ("train", "--resume", "elsewhere", "--devices", "2")
+    before = {p: p.read_bytes() for p in (tmp_path / "elsewhere").glob("*.*") if p.is_file()}
+    refused = shardpar(*resume, "train.steps=6", cwd=tmp_path, check=False)
+    assert refused.returncode == 2
+    assert "data.path" in refused.stderr
+    wrong = shardpar(
+        *resume, "data.path=moved.txt", "train.global_batch=2000000", cwd=tmp_path, check=False
+    )
+    assert wrong.returncode == 2
+    # What was refused has changed nothing of the run.
+    assert {p: p.read_bytes() for p in before} == before
+    done = shardpar(*resume, "train.steps=6", "data.path=moved.txt", cwd=tmp_path)
+    assert "resumed from step 4" in done.stderr
+    assert [step for step, *_ in losses(tmp_path / "elsewhere")] == [1, 2, 3, 4, 5, 6]
+    assert "fsdp: [a]" in (tmp_path / "elsewhere" / "plan.yaml").read_text()
+
+
+def test_a_run_that_diverges_fails_and_says_so(tmp_path):
+    done = shardpar(
+        "train", GPT, *TINY, "train.steps=4", "optimizer.learning_rate=1e30", "--devices", "1",
+        "optimizer.schedule=constant", "train.run_dir=run", cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "the run diverged" in done.stderr.splitlines()[-1]
+    assert "lower optimizer.learning_rate" in done.stderr
+    assert "tensorboardX" not in done.stderr
+    assert "diverged" in (tmp_path / "run" / "report.html").read_text()

@@ -10,7 +10,7 @@ from flax import nnx
 from shardpar.errors import CaptureError, PlanError
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.program import Program
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
 from tests.lowering.tiny import BATCH, LENGTH, batches, captured, gpt, plan_of, uniform
 

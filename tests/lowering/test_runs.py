@@ -84,7 +84,7 @@ def test_a_rolled_up_program_computes_what_the_model_does(kind):
 
     from shardpar.lowering.options import ProgramOptions
     from shardpar.lowering.program import Program
-    from shardpar.spec.layout import Mesh
+    from shardpar.spec.mesh import Mesh
     from shardpar.spec.plan import Pipeline, Plan, Stage
 
     batch = {"x": np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)}

@@ -12,7 +12,7 @@ import numpy as np
 
 from shardpar.capture.trace import Captured, trace
 from shardpar.config.model_source import load_model_source
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
 
 BATCH, LENGTH = 8, 32

@@ -8,7 +8,7 @@ from pathlib import Path
 from shardpar.planner.cost import PlanCost, Workload, plan_cost
 from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
 from shardpar.spec.graph import LayerGraph
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
 from shardpar.spec.text import graph_from_text
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shardpar.planner.cost import LayerCost, Workload, _ring_s, plan_cost
 from shardpar.spec.cluster import Link
 from shardpar.spec.graph import Activation, Layer, LayerClass, LayerGraph, Parameter
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
 from tests.planner.cases import ADAM, cluster_of, gpt, priced
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from shardpar.planner.profile import OVERLAP, group, link_of, rates
 from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Stage
 from tests.spec.values import meshes
 

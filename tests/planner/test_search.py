@@ -17,7 +17,7 @@ from shardpar.planner.strategies import candidates
 from shardpar.spec.check import check
 from shardpar.spec.cluster import Hosts
 from shardpar.spec.graph import Parameter
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import Objective
 from shardpar.spec.text import plan_from_text, plan_to_text
 from tests.planner.cases import GOLDEN, cluster_of, gpt, uniform

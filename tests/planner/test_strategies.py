@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.strategies import Candidate, candidates
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy
 from tests.planner.cases import gpt
 from tests.spec.values import layered

@@ -410,3 +410,18 @@ def test_a_step_of_a_later_format_is_not_taken_for_damaged(
     ):
         checkpoints.restore(None, target_of(make_state(0)))
     assert (copy / "40" / "manifest.json").is_file()
+
+
+def test_a_run_whose_only_steps_were_set_aside_does_not_begin_anew(copy: Path) -> None:
+    for step in ("10", "20"):
+        shutil.rmtree(copy / step)
+    (copy / "30" / "manifest.json").unlink()
+    with Checkpoints(copy, notify=lambda _: None) as checkpoints:
+        assert checkpoints.steps() == ()
+        with pytest.raises(CheckpointError, match=r"moved aside: 30.incomplete.*begin again from"):
+            checkpoints.require_none_lost()
+
+
+def test_a_fresh_directory_has_lost_nothing(tmp_path: Path) -> None:
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.require_none_lost()

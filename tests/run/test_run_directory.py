@@ -64,3 +64,31 @@ def test_checkpoints_that_cannot_be_written_are_an_error_in_one_line(tmp_path: P
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot be written: Not a directory; choose another"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_a_checkpoint_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    step = run.checkpoints / "10"
+    step.mkdir(parents=True)
+    run.config_yaml.write_text("")
+    (step / "config.yaml").write_text("")
+    for inside in (run.checkpoints, step):
+        with pytest.raises(UserError, match=f"is inside a run; name the run, {run.path}"):
+            RunDirectory.existing(inside)
+
+
+def test_among_runs_with_names_of_their_own_none_is_guessed(tmp_path: Path) -> None:
+    for name in ("aa_new", "zz_old"):
+        (tmp_path / name).mkdir()
+        RunDirectory(tmp_path / name).config_yaml.write_text("")
+        if name == "aa_new":
+            assert RunDirectory.existing(tmp_path).path.name == name
+    with pytest.raises(UserError, match=r"holds 2 runs, and aa_new does not say when"):
+        RunDirectory.existing(tmp_path)
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(RunError, match=r"cannot be made: .*; choose another"):
+            RunDirectory(path).make()

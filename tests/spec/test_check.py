@@ -9,7 +9,7 @@ import pytest
 from shardpar.errors import PlanError
 from shardpar.spec.check import check
 from shardpar.spec.graph import Activation, Parameter
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
 from tests.spec.values import STREAM, cluster_of, gpt_like, layer_class, uniform_plan
 
@@ -79,13 +79,11 @@ def test_devices_that_the_cluster_does_not_have_are_refused():
         ),
         (
             ("blocks..outside",),
-            "the stage on devices 3 has layers blocks[0:4], head, outside, but the next 6 layers "
-            "of the model are embed, blocks[0:4], head; outside is out of place",
+            "embed has no strategy; add an entry under layers",
         ),
         (
             ("embed", "blocks[0:2]", "head..outside"),
-            "the stage on devices 3 has layers embed, blocks[0:2], head, outside, but the next 5 "
-            "layers of the model are embed, blocks[0:4]; head, outside are out of place",
+            "blocks[2:4] have no strategy; add an entry under layers",
         ),
         (
             ("embed..blocks[2]", "blocks[1:4]"),
@@ -185,3 +183,15 @@ def test_what_does_not_grow_with_the_batch_is_held_to_no_rule():
     cls = layer_class("Block", inputs=(STREAM, mask))
     graph = replace(GRAPH, classes=(*(c for c in GRAPH.classes if c.name != "Block"), cls))
     check(uniform_plan(8, tensor=("b", "c"), sequence_parallel=True), graph)
+
+
+def test_a_layer_left_out_is_named_rather_than_those_after_it():
+    plan = plan_of(pipeline(stage(0, "embed", "blocks[1:4]", "head..outside")))
+    assert message(plan) == "blocks[0] has no strategy; add an entry under layers"
+
+
+def test_a_tensor_dim_that_no_parameter_has_is_refused():
+    plan = replace(uniform_plan(8, tensor=("a",)), tensor_dims=("mpl",))
+    assert message(plan).startswith(
+        f'tensor_dims has "mpl", which no parameter of {GRAPH.model} has; did you mean "mlp"?'
+    )

@@ -162,3 +162,8 @@ def test_the_clusters_that_come_with_shardpar_load(file):
 
 def test_there_are_clusters_to_load():
     assert {"h100x8", "h100x64", "tpu-v5e-8"} <= {file.stem for file in FILES}
+
+
+def test_rates_of_a_dtype_that_does_not_exist_are_refused():
+    with pytest.raises(SpecError, match="matmul_flops has no dtype fp99; write one of bool"):
+        DeviceKind("x", (("fp99", 1.0),), 1.0, 1.0)

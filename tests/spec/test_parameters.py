@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shardpar.errors import PlanError
 from shardpar.spec.graph import Activation, Parameter
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.parameters import (
     FSDP_MIN_SIZE,
     activation_layout,

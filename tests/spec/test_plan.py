@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from shardpar.errors import PlanError, SpecError
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Objective, Pipeline, Plan, Stage
 
 ALL = (LayerStrategy("all"),)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shardpar.errors import PlanError
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Stage
 from shardpar.spec.select import layer_name, select, strategies, summarise
 from tests.spec.values import layered

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from shardpar.errors import PlanError, SpecError
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
 from shardpar.spec.text import (
     cluster_from_text,

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
 from shardpar.spec.graph import DTYPE_BYTES, Activation, Layer, LayerClass, LayerGraph, Parameter
-from shardpar.spec.layout import Mesh
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import TENSOR_DIMS, LayerStrategy, Objective, Pipeline, Plan, Stage
 
 BATCH, LENGTH, WIDTH, HIDDEN, VOCAB = 8, 16, 64, 256, 96
@@ -151,11 +151,12 @@ def plans(draw):
     return Plan(draw(names), sum(p.sequences for p in pipelines), tuple(pipelines), objective, dims)
 
 
+dtypes = st.sampled_from(sorted(DTYPE_BYTES))
 links = st.builds(Link, rates, seconds, sources, names)
 kinds = st.builds(
     DeviceKind,
     names,
-    st.lists(st.tuples(names, rates), min_size=1, max_size=3, unique_by=lambda p: p[0]).map(tuple),
+    st.lists(st.tuples(dtypes, rates), min_size=1, max_size=3, unique_by=lambda p: p[0]).map(tuple),
     rates,
     rates,
     st.floats(0.01, 1.0),
@@ -172,7 +173,6 @@ def clusters(draw):
     return Cluster(draw(names), listed, chosen, draw(links), draw(links))
 
 
-dtypes = st.sampled_from(sorted(DTYPE_BYTES))
 shapes = st.lists(st.integers(0, 10**6), max_size=3).map(tuple)
 
 

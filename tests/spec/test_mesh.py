@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shardpar.errors import SpecError
 from shardpar.lowering.shardings import named_sharding
-from shardpar.spec.layout import GroupLayout, Mesh
+from shardpar.spec.mesh import GroupLayout, Mesh
 from tests.spec.values import dealt, meshes
 
 
