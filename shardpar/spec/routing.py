@@ -1,0 +1,278 @@
+"""Which owner sends each slice, so that the most loaded link is least loaded.
+
+A receiver takes a slice from an owner on its own host where there is one. What then is
+free to choose is a flow from demands to the owners' links: the least time in which all
+links together can send everything is found exactly by raising it to the tightest cut
+until a maximum flow meets all demands (Dinkelbach's method), then again for what that cut
+leaves free. Whole cells follow the flow; where a border falls inside a cell it is cut.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, connected_components, maximum_flow
+
+from shardpar.spec.cluster import Cluster
+from shardpar.spec.exchange import Demand, Move, moves_of
+
+Port = tuple[int, bool]
+"""A device's link: (device, whether it goes to other hosts)."""
+
+_CAPACITY = 2**30
+_SMALL = 4096
+"""With so few slices the reference's greedy is tried too, as cells cannot be cut at will."""
+
+Shares = dict[int, list[tuple[int, float]]]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How some demands are met.
+
+    Attributes:
+      shares: for each demand, by receiver, (sender, share of the cell) pairs.
+      load_s: seconds each port is busy; bytes where there is no cluster.
+      bound_s: the least that the busiest port could have had.
+    """
+
+    shares: tuple[Shares, ...]
+    load_s: Mapping[Port, float]
+    bound_s: float
+
+    @property
+    def busiest_s(self) -> float:
+        """Load of the busiest port."""
+        return max(self.load_s.values(), default=0.0)
+
+    def moves(self, wanted: Sequence[Demand]) -> tuple[Move, ...]:
+        """The moves that meet the demands this routing was made for."""
+        return tuple(
+            move
+            for demand, shares in zip(wanted, self.shares, strict=True)
+            for move in moves_of(demand, shares)
+        )
+
+
+def route(
+    wanted: Sequence[Demand], num_bytes: Sequence[float], cluster: Cluster | None = None
+) -> Routing:
+    """Chooses the senders.
+
+    Args:
+      wanted: the demands.
+      num_bytes: bytes that each sends to each of its receivers.
+      cluster: whose links and hosts count; None counts bytes per device.
+
+    >>> demand = Demand(((0, 8),), 0, (0, 1), (2,))
+    >>> route([demand], [64.0]).shares
+    ({2: [(0, 0.5), (1, 0.5)]},)
+    """
+    ports = _Ports(cluster)
+    classes: dict[tuple[Port, ...], list[tuple[int, int]]] = defaultdict(list)
+    for number, demand in enumerate(wanted):
+        for receiver in demand.receivers:
+            classes[ports.candidates(demand.owners, receiver)].append((number, receiver))
+    weights = {
+        key: sum(num_bytes[number] for number, _ in members) for key, members in classes.items()
+    }
+    quotas, bound = _quotas(weights, ports)
+    shares: list[Shares] = [{} for _ in wanted]
+    for key, members in classes.items():
+        _fill(members, quotas[key], wanted, num_bytes, shares)
+    found = Routing(tuple(shares), _loads(shares, num_bytes, wanted, ports), bound)
+    if sum(map(len, classes.values())) <= _SMALL:
+        simple = greedy(wanted, num_bytes, cluster)
+        if simple.busiest_s < found.busiest_s:
+            return Routing(simple.shares, simple.load_s, bound)
+    return found
+
+
+def greedy(
+    wanted: Sequence[Demand], num_bytes: Sequence[float], cluster: Cluster | None = None
+) -> Routing:
+    """The rule of HSPMD: slice by slice, the owner on the nearest host that has sent least."""
+    ports = _Ports(cluster)
+    load: dict[Port, float] = defaultdict(float)
+    shares: list[Shares] = [{} for _ in wanted]
+    for number, demand in enumerate(wanted):
+        for receiver in demand.receivers:
+            port = min(ports.candidates(demand.owners, receiver), key=lambda p: (load[p], p))
+            load[port] += num_bytes[number] / ports.speed(port)
+            shares[number][receiver] = [(port[0], 1.0)]
+    return Routing(tuple(shares), dict(load), max(load.values(), default=0.0))
+
+
+class _Ports:
+    """The cluster's links as seen from a sender."""
+
+    def __init__(self, cluster: Cluster | None) -> None:
+        self._cluster = cluster
+        self._known: dict[tuple[tuple[int, ...], int], tuple[Port, ...]] = {}
+
+    def _host(self, device: int) -> int:
+        return self._cluster.host_of(device) if self._cluster else 0
+
+    def speed(self, port: Port) -> float:
+        if self._cluster is None:
+            return 1.0
+        link = self._cluster.inter_host if port[1] else self._cluster.intra_host
+        return link.bandwidth
+
+    def candidates(self, owners: tuple[int, ...], receiver: int) -> tuple[Port, ...]:
+        key = owners, self._host(receiver)
+        if key not in self._known:
+            near = tuple((owner, False) for owner in owners if self._host(owner) == key[1])
+            self._known[key] = near or tuple((owner, True) for owner in owners)
+        return self._known[key]
+
+    def port(self, sender: int, receiver: int) -> Port:
+        return sender, self._host(sender) != self._host(receiver)
+
+
+def _loads(
+    shares: Sequence[Shares], num_bytes: Sequence[float], wanted: Sequence[Demand], ports: _Ports
+) -> dict[Port, float]:
+    load: dict[Port, float] = defaultdict(float)
+    for demand, of_demand, size in zip(wanted, shares, num_bytes, strict=True):
+        for receiver in demand.receivers:
+            for sender, share in of_demand[receiver]:
+                port = ports.port(sender, receiver)
+                load[port] += share * size / ports.speed(port)
+    return dict(load)
+
+
+Quotas = dict[tuple[Port, ...], dict[Port, float]]
+
+
+def _quotas(weights: Mapping[tuple[Port, ...], float], ports: _Ports) -> tuple[Quotas, float]:
+    """Bytes of each class that each of its ports sends, and the load of the busiest port."""
+    quotas: Quotas = {}
+    bound = 0.0
+    for group in _connected(list(weights)):
+        left, closed = list(group), set[Port]()
+        while left:
+            open_ports = {key: [p for p in key if p not in closed] for key in left}
+            least, tight, flows = _least([(open_ports[key], weights[key]) for key in left], ports)
+            bound = max(bound, least)
+            for i in tight:
+                quotas[left[i]] = flows[i]
+                closed.update(open_ports[left[i]])
+            left = [key for i, key in enumerate(left) if i not in tight]
+    return quotas, bound
+
+
+def _connected(keys: list[tuple[Port, ...]]) -> list[list[tuple[Port, ...]]]:
+    """Classes in groups that share ports, directly or through others."""
+    number = {port: i for i, port in enumerate(sorted({p for key in keys for p in key}))}
+    rows = [i for i, key in enumerate(keys) for _ in key]
+    columns = [len(keys) + number[p] for key in keys for p in key]
+    size = len(keys) + len(number)
+    graph = csr_array((np.ones(len(rows)), (rows, columns)), shape=(size, size))
+    _, labels = connected_components(graph, directed=False)
+    groups: dict[int, list[tuple[Port, ...]]] = defaultdict(list)
+    for key, label in zip(keys, labels, strict=False):
+        groups[int(label)].append(key)
+    return list(groups.values())
+
+
+def _least(
+    classes: list[tuple[list[Port], float]], ports: _Ports
+) -> tuple[float, set[int], list[dict[Port, float]]]:
+    """The least time for some connected classes, those that need it all, and a flow."""
+    used = sorted({port for of_class, _ in classes for port in of_class})
+    speeds = np.array([ports.speed(port) for port in used])
+    weights = np.array([weight for _, weight in classes])
+    whole = weights.sum() / speeds.sum()
+    if len(classes) == 1:
+        return whole, {0}, [{p: whole * s for p, s in zip(used, speeds, strict=True)}]
+    number = {port: i for i, port in enumerate(used)}
+    members = [[number[p] for p in of_class] for of_class, _ in classes]
+    least = max(whole, *(w / speeds[m].sum() for m, w in zip(members, weights, strict=True)))
+    tight = set(range(len(classes)))
+    while True:
+        flow, reached = _flow(members, weights, speeds * least)
+        if not reached:
+            break
+        tight = reached
+        cut = sorted({p for i in reached for p in members[i]})
+        needed = weights[sorted(reached)].sum() / speeds[cut].sum()
+        if needed <= least * (1 + 1e-6):
+            break
+        least = needed
+    else_free = tight == set(range(len(classes)))
+    if not else_free:
+        # Ports of the tight classes must serve them alone.
+        inside = sorted(tight)
+        flow_inside, _ = _flow([members[i] for i in inside], weights[inside], speeds * least)
+        flow = [flow_inside[inside.index(i)] if i in tight else {} for i in range(len(classes))]
+    return least, tight, [{used[p]: amount for p, amount in of_class.items()} for of_class in flow]
+
+
+def _flow(
+    members: list[list[int]], weights: np.ndarray, capacities: np.ndarray
+) -> tuple[list[dict[int, float]], set[int]]:
+    """A maximum flow from classes to ports; and the classes on the near side of its tightest cut.
+
+    The set is empty where every class is served.
+    """
+    unit = weights.sum() / _CAPACITY
+    n, m = len(members), len(capacities)
+    source, sink = n + m, n + m + 1
+    supply = np.maximum(1, np.floor(weights / unit)).astype(np.int64)
+    rows = [source] * n + [i for i, ps in enumerate(members) for _ in ps] + list(range(n, n + m))
+    columns = list(range(n)) + [n + p for ps in members for p in ps] + [sink] * m
+    limits = np.ceil(capacities / unit).astype(np.int64) + n
+    data = [*supply, *(supply[i] for i, ps in enumerate(members) for _ in ps), *limits]
+    clipped = np.minimum(data, 2**31 - 1).astype(np.int32)
+    size = n + m + 2
+    graph = csr_array((clipped, (rows, columns)), shape=(size, size))
+    result = maximum_flow(graph, source, sink)
+    sent = result.flow.tocsr()
+    out: list[dict[int, float]] = []
+    for i, ps in enumerate(members):
+        amounts = {p: max(0.0, float(sent[i, n + p])) for p in ps}
+        total = sum(amounts.values()) or 1.0
+        out.append({p: a / total * float(weights[i]) for p, a in amounts.items() if a > 0})
+    if result.flow_value >= supply.sum():
+        return out, set()
+    residual = csr_array(graph - sent)
+    residual.data = np.where(residual.data > 0, 1, 0)
+    residual.eliminate_zeros()
+    reached = breadth_first_order(residual, source, return_predecessors=False)
+    return out, {int(i) for i in reached if i < n}
+
+
+def _fill(
+    members: list[tuple[int, int]],
+    quotas: Mapping[Port, float],
+    wanted: Sequence[Demand],
+    num_bytes: Sequence[float],
+    shares: list[Shares],
+) -> None:
+    """Gives a class's slices to its ports, each as much as the flow says, cutting few."""
+    ports = [port for port, amount in quotas.items() if amount > 0]
+    at, left = 0, quotas[ports[0]]
+    for number, receiver in members:
+        size, cell = num_bytes[number], wanted[number].cell
+        rows = max((stop - start for start, stop in cell), default=1)
+        given: list[tuple[int, float]] = []
+        open_rows = rows
+        while open_rows:
+            fits = open_rows if at == len(ports) - 1 else round(left / size * rows)
+            taken = min(open_rows, max(0, fits))
+            if taken:
+                given.append((ports[at][0], taken / rows))
+                left -= taken / rows * size
+                open_rows -= taken
+            if open_rows:
+                at += 1
+                left += quotas[ports[at]]
+        shares[number][receiver] = given
+
+
+__all__ = ["Port", "Routing", "greedy", "route"]
