@@ -18,6 +18,7 @@ from shardpar.cli.doctor import doctor
 from shardpar.cli.explain import explain
 from shardpar.cli.generate import generate
 from shardpar.cli.plan import plan
+from shardpar.cli.reshard import reshard
 from shardpar.cli.train import train
 from shardpar.errors import ShardparError
 
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, plan, explain, generate, doctor):
+for verb in (train, plan, explain, reshard, generate, doctor):
     app.command()(verb)
 
 

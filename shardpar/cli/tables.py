@@ -75,7 +75,7 @@ def graph_table(graph: LayerGraph) -> Group:
             _count(cls.num_parameters) + tied,
             f"{cls.forward_flops / graph.batch / 1e9:,.2f}",
             f"{cls.backward_flops / graph.batch / 1e9:,.2f}",
-            *(_bytes(cls.saved(r) / graph.batch) for r in ("none", "selective", "full")),
+            *(byte_text(cls.saved(r) / graph.batch) for r in ("none", "selective", "full")),
         )
     note = (
         f"costs of {graph.batch} sequences, {graph.tokens:,} tokens, in {graph.compute_dtype}; "
@@ -156,7 +156,7 @@ def shardings_view(plan: Plan, graph: LayerGraph) -> Group:
             _shape(parameter.shape),
             ", ".join(d or "-" for d in parameter.dims) or "scalar",
             str(layout),
-            f"{_shape(shard)} = {_bytes(parameter.num_bytes / layout.shards)}",
+            f"{_shape(shard)} = {byte_text(parameter.num_bytes / layout.shards)}",
             str(layout.replicas),
         )
         flags += _flags(names, parameter, strategy, layout)
@@ -221,10 +221,10 @@ def collectives_table(rows: Iterable[tuple[str, int, int, int]]) -> Table:
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     total = 0
     for kind, size, count, num_bytes in rows:
-        table.add_row(kind, str(size), str(count), _bytes(num_bytes))
+        table.add_row(kind, str(size), str(count), byte_text(num_bytes))
         total += num_bytes
     table.add_section()
-    table.add_row("total", "", "", _bytes(total))
+    table.add_row("total", "", "", byte_text(total))
     return table
 
 
@@ -256,7 +256,7 @@ def _flags(
     mesh = layout.mesh
     if layout.shards == 1 and mesh.num_devices > 1 and parameter.num_bytes >= LARGE_BYTES:
         found.append(
-            f"{_summary(names)} ({_bytes(parameter.num_bytes)} each) is whole on every device; "
+            f"{_summary(names)} ({byte_text(parameter.num_bytes)} each) is whole on every device; "
             "fsdp or tensor axes would split it"
         )
     if strategy.fsdp and parameter.size >= FSDP_MIN_SIZE:
@@ -291,7 +291,12 @@ def _count(number: float) -> str:
     return f"{number:.0f}"
 
 
-def _bytes(number: float) -> str:
+def byte_text(number: float) -> str:
+    """Bytes in the unit people read.
+
+    >>> byte_text(3), byte_text(3 * 2**20)
+    ('3 B', '3.00 MiB')
+    """
     if number <= 0:
         return "0 B"
     power = min(4, int(math.log(number, 1024)))

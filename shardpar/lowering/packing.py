@@ -41,18 +41,21 @@ class Slice:
 
 @dataclass(frozen=True)
 class Parcel:
-    """Slices that travel together, flat, one after the other.
+    """Slices that travel together.
 
     Attributes:
       slices: in order.
       dtype: of the elements on the way: of the numbers where they are added, otherwise
         unsigned integers of the same width, so that nothing touches their bits.
       pad: elements to fill up to; 0 is as long as they are.
+      is_bare: the one slice travels as it is, in its own shape and dtype; otherwise the slices
+        are flat, one after the other.
     """
 
     slices: tuple[Slice, ...]
     dtype: str
     pad: int = 0
+    is_bare: bool = False
 
     @property
     def size(self) -> int:
@@ -97,37 +100,72 @@ def overlaps(a: tuple[Spans, ...], b: tuple[Spans, ...]) -> Iterator[Cell]:
     return itertools.product(*per_dim)
 
 
-def pack(
-    parcels: Sequence[Parcel], have: Mapping[int, Have], pieces: Mapping[int, jax.Array]
-) -> list[jax.Array]:
-    """Packs a device's parcels.
+@dataclass(frozen=True)
+class Packer:
+    """What one device packs.
+
+    Attributes:
+      tensors: whose pieces it takes, in this order.
+      run: from these pieces to one array per parcel: [1, 1, length], or bare.
+    """
+
+    tensors: tuple[int, ...]
+    run: Callable[[list[jax.Array]], list[jax.Array]]
+
+
+def packer(parcels: Sequence[Parcel], have: Mapping[int, Have]) -> Packer:
+    """Prepares the packing of a device's parcels.
 
     Args:
       parcels: what to pack, all from this device.
       have: what the device has, by tensor.
-      pieces: its arrays, by tensor, all on one device.
-
-    Returns:
-      One array [1, 1, length] per parcel.
     """
-    tensors = sorted({s.tensor for parcel in parcels for s in parcel.slices})
+    tensors = tuple(sorted({s.tensor for parcel in parcels for s in parcel.slices}))
     place = {tensor: i for i, tensor in enumerate(tensors)}
     recipe = tuple(
         (
             tuple((place[s.tensor], box_of(have[s.tensor].spans, s.cell)) for s in parcel.slices),
             parcel.dtype,
             parcel.pad,
+            parcel.is_bare,
         )
         for parcel in parcels
     )
-    return _packer(recipe)([pieces[tensor] for tensor in tensors])
+    # A piece that goes whole needs no program: it goes from where it lies.
+    whole = [
+        parcel.is_bare and is_whole(have[parcel.slices[0].tensor].spans, parcel.slices[0].cell)
+        for parcel in parcels
+    ]
+    if all(whole):
+        order = [r[0][0][0] for r in recipe]
+        return Packer(tensors, lambda pieces: [pieces[i] for i in order])
+    cut = _packer(tuple(r for r, is_all in zip(recipe, whole, strict=True) if not is_all))
+
+    def run(pieces: list[jax.Array]) -> list[jax.Array]:
+        made = iter(cut(pieces))
+        return [
+            pieces[r[0][0][0]] if is_all else next(made)
+            for r, is_all in zip(recipe, whole, strict=True)
+        ]
+
+    return Packer(tensors, run)
+
+
+def is_whole(spans: tuple[Spans, ...], cell: Cell) -> bool:
+    """Whether a cell is all that a device has."""
+    return all(
+        of_dim == ((start, stop),) for of_dim, (start, stop) in zip(spans, cell, strict=True)
+    )
 
 
 @lru_cache(maxsize=4096)
 def _packer(recipe: Any) -> Callable[[list[jax.Array]], list[jax.Array]]:
     def run(pieces: list[jax.Array]) -> list[jax.Array]:
         out = []
-        for slices, dtype, pad in recipe:
+        for slices, dtype, pad, is_bare in recipe:
+            if is_bare:
+                out.append(_cut(pieces[slices[0][0]], slices[0][1]))
+                continue
             flat = [_bits(_cut(pieces[i], box), dtype).reshape(-1) for i, box in slices]
             joined = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
             if pad > joined.size:
@@ -138,59 +176,95 @@ def _packer(recipe: Any) -> Callable[[list[jax.Array]], list[jax.Array]]:
     return jax.jit(run)
 
 
-def assemble(
+@dataclass(frozen=True)
+class Assembly:
+    """How one device comes to its new pieces.
+
+    Attributes:
+      kept: tensors whose piece stays what it is.
+      adopted: (tensor, parcel) where a bare parcel is the whole new piece.
+      made: tensors that `run` makes, in this order.
+      own, parcels: whose old pieces and which parcels `run` takes, in this order.
+      run: from these arrays to the pieces made; None where nothing is made.
+    """
+
+    kept: tuple[int, ...]
+    adopted: tuple[tuple[int, int], ...]
+    made: tuple[int, ...]
+    own: tuple[int, ...]
+    parcels: tuple[int, ...]
+    run: Callable[[list[jax.Array]], list[jax.Array]] | None
+
+
+def assembly(
     wants: Mapping[int, Want],
     have: Mapping[int, Have],
-    pieces: Mapping[int, jax.Array],
-    arrived: Sequence[tuple[Parcel, jax.Array]],
-    dtypes: Mapping[int, Any],
+    arriving: Sequence[Parcel],
+    dtypes: Sequence[Any],
     device: jax.Device,
-) -> dict[int, jax.Array]:
-    """Puts a device's new pieces together from what it had and what arrived.
+) -> Assembly:
+    """Prepares how a device puts its new pieces together from what it had and what arrives.
 
     Args:
       wants: what it shall have, by tensor.
       have: what it has, by tensor; may lack some.
-      pieces: the arrays of what it has.
-      arrived: parcels with their contents, on this device. A slice with a label that the
-        tensor's want does not name is of the sum of all.
+      arriving: parcels, in the order in which they will be given.
       dtypes: of the tensors.
       device: where the pieces shall be.
     """
-    inputs: list[jax.Array] = [array for _, array in arrived]
-    index: dict[int, int] = {}
-    recipe = []
-    out: dict[int, jax.Array] = {}
+    kept, adopted, made, recipe = [], [], [], []
+    inputs: dict[tuple[str, int], int] = {}
+
+    def place(kind: str, number: int) -> int:
+        return inputs.setdefault((kind, number), len(inputs))
+
+    offers: dict[tuple[int, int], list[tuple[int, int, Slice]]] = {}
+    for number, parcel in enumerate(arriving):
+        offset = 0
+        for part in parcel.slices:
+            offers.setdefault((part.tensor, part.label), []).append((number, offset, part))
+            offset += math.prod(part.shape)
     for tensor, want in wants.items():
-        shape = tuple(sum(b - a for a, b in spans) for spans in want.spans)
         held = have.get(tensor)
         if held and want.labels == (held.label,) and held.spans == want.spans:
-            out[tensor] = pieces[tensor]
+            kept.append(tensor)
             continue
+        if len(want.labels) == 1:
+            mine = offers.get((tensor, want.labels[0]), [])
+            bare = [
+                n for n, _, part in mine if arriving[n].is_bare and is_whole(want.spans, part.cell)
+            ]
+            if bare:
+                adopted.append((tensor, bare[0]))
+                continue
         addends = []
         for label in want.labels:
             sources: list[Any] = []
             if held and held.label == label:
-                index.setdefault(tensor, len(inputs))
-                if index[tensor] == len(inputs):
-                    inputs.append(pieces[tensor])
-                sources += [
-                    (index[tensor], box_of(held.spans, cell), box_of(want.spans, cell))
-                    for cell in overlaps(held.spans, want.spans)
-                ]
-            for number, (parcel, _) in enumerate(arrived):
-                offset = 0
-                for part in parcel.slices:
-                    size = math.prod(part.shape)
-                    if part.tensor == tensor and part.label == label:
-                        sources.append((number, offset, box_of(want.spans, part.cell)))
-                    offset += size
+                for cell in overlaps(held.spans, want.spans):
+                    where = box_of(held.spans, cell)
+                    sources.append((place("own", tensor), where, box_of(want.spans, cell)))
+            for number, offset, part in offers.get((tensor, label), []):
+                at: Any = offset
+                if arriving[number].is_bare:
+                    at = tuple((0, n) for n in part.shape)
+                sources.append((place("parcel", number), at, box_of(want.spans, part.cell)))
             addends.append(tuple(sources))
-        recipe.append((tensor, shape, str(np.dtype(dtypes[tensor])), tuple(addends)))
-    if recipe:
-        made = _assembler(tuple(r[1:] for r in recipe), None if inputs else device)(inputs)
-        out.update((r[0], array) for r, array in zip(recipe, made, strict=True))
-    return out
+        shape = tuple(sum(b - a for a, b in spans) for spans in want.spans)
+        made.append(tensor)
+        recipe.append((shape, str(np.dtype(dtypes[tensor])), tuple(addends)))
+    order = list(inputs)
+    # The jitted program takes its inputs grouped: own pieces first, then parcels.
+    own = tuple(n for kind, n in order if kind == "own")
+    parcels = tuple(n for kind, n in order if kind == "parcel")
+    turned = {inputs["own", n]: i for i, n in enumerate(own)}
+    turned |= {inputs["parcel", n]: len(own) + i for i, n in enumerate(parcels)}
+    final = tuple(
+        (shape, dtype, tuple(tuple((turned[i], at, box) for i, at, box in a) for a in addends))
+        for shape, dtype, addends in recipe
+    )
+    run = _assembler(final, None if inputs else device) if final else None
+    return Assembly(tuple(kept), tuple(adopted), tuple(made), own, parcels, run)
 
 
 @lru_cache(maxsize=4096)

@@ -9,16 +9,26 @@ is ever gathered on one device or on the host.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from shardpar.errors import SpecError
-from shardpar.lowering.packing import Parcel, Slice, assemble, pack, wire_dtype
+from shardpar.lowering.packing import (
+    Packer,
+    Parcel,
+    Slice,
+    assembly,
+    is_whole,
+    packer,
+    wire_dtype,
+)
 from shardpar.lowering.rounds import exchange_round, rounds_of, sum_round
 from shardpar.lowering.shardings import axes_sharding
 from shardpar.lowering.union import UnionArray, from_buffers
@@ -29,8 +39,11 @@ from shardpar.spec.layout import Entry, Group, Layout
 from shardpar.spec.mesh import GroupLayout
 from shardpar.spec.reshard import Step, common_axes, meeting
 
-Pieces = dict[int, dict[int, jax.Array]]
-"""By device number and tensor."""
+Buffers = list[dict[int, jax.Array]]
+"""The pieces on this process's devices: for each tensor, by device number."""
+
+_WORTH_PACKING_BYTES = 2**16
+"""Pieces of so many bytes that go whole are sent from where they lie: packing would copy them."""
 
 
 def transfer(
@@ -97,6 +110,7 @@ class Transfer:
         """
         self.resolved, self.dtypes = resolved, [np.dtype(d) for d in dtypes]
         self.devices = tuple(jax.devices() if devices is None else devices)
+        self._phases: list[list[_Action]] | None = None
         for tensor in resolved.tensors:
             missing = [
                 d for d in (*tensor.src.devices, *tensor.dst.devices) if d >= len(self.devices)
@@ -125,214 +139,309 @@ class Transfer:
                     f"an array of shape {array.shape} is in layout {array.layout}; this transfer "
                     f"starts from {tensor.src} and shape {tensor.shape}"
                 )
-        now = list(arrays)
+        if self._phases is None:
+            self._phases = self._prepared()
+        buffers = [array.buffers(self.devices) for array in arrays]
+        for phase in self._phases:
+            for action in phase:
+                action.run(buffers)
+        made = tuple(
+            from_buffers(buffers[i], tensor.dst, tensor.shape, self.dtypes[i], self.devices)
+            for i, tensor in enumerate(self.resolved.tensors)
+        )
+        if donate:
+            _give_back(arrays, made)
+        return made
+
+    def _prepared(self) -> list[list[_Action]]:
+        phases = []
         for phase in range(max(map(len, self.resolved.strides), default=0)):
             running = {
                 i: strides[phase]
                 for i, strides in enumerate(self.resolved.strides)
                 if phase < len(strides)
             }
-            self._run(now, running)
-        for i, tensor in enumerate(self.resolved.tensors):
-            if now[i].layout != tensor.dst:
-                # Every device has its piece already; only what it is called changes.
-                buffers = now[i].buffers(self.devices)
-                now[i] = from_buffers(
-                    buffers, tensor.dst, tensor.shape, self.dtypes[i], self.devices
-                )
-        if donate:
-            _give_back(arrays, now)
-        return tuple(now)
+            phases.append(list(self._actions(running)))
+        return phases
 
-    def _run(self, now: list[UnionArray], running: dict[int, Stride]) -> None:
+    def _actions(self, running: dict[int, Stride]) -> Iterator[_Action]:
         alone = {i: s.step for i, s in running.items() if _xla_can(s.step)}
-        summed = {
-            i: s.step
-            for i, s in running.items()
-            if s.step.adds == "groups" and s.step.after.across == "dup"
-        }
+        summed = {i: s.step for i, s in running.items() if s.step.adds == "groups"}
         sent = {i: s for i, s in running.items() if i not in alone and i not in summed}
+        where = _Where(self.resolved.tensors, self.dtypes, self.devices)
         if alone:
-            self._change_in_groups(now, alone)
+            yield _InGroups(where, alone)
         if summed:
-            self._sum_across(now, summed)
+            yield _AcrossGroups(where, summed)
         if sent:
-            self._exchange(now, sent)
+            yield _Exchange(where, sent)
 
-    def _change_in_groups(self, now: list[UnionArray], steps: dict[int, Step]) -> None:
-        """Jitted reshards, all arrays of a group and mesh in one program."""
-        jobs: dict[Any, list[tuple[int, int]]] = defaultdict(list)
+
+@dataclass(frozen=True)
+class _Where:
+    """What all actions of a transfer are about."""
+
+    tensors: tuple[Tensor, ...]
+    dtypes: Sequence[np.dtype[Any]]
+    devices: tuple[jax.Device, ...]
+
+    def is_here(self, device: int) -> bool:
+        return bool(self.devices[device].process_index == jax.process_index())
+
+    def had(self, steps: Mapping[int, Step]) -> dict[int, dict[int, Have]]:
+        """What each device has before, by device and tensor."""
+        have: dict[int, dict[int, Have]] = defaultdict(dict)
         for i, step in steps.items():
+            for of_group in step.have(self.tensors[i].shape):
+                for holding in of_group:
+                    have[holding.device][i] = holding
+        return have
+
+
+class _Action(Protocol):
+    def run(self, buffers: Buffers) -> None:
+        """Replaces the buffers of its tensors by those in the layout after."""
+
+
+class _InGroups:
+    """Jitted reshards, all arrays of a group and mesh in one program."""
+
+    def __init__(self, where: _Where, steps: Mapping[int, Step]) -> None:
+        jobs: dict[Any, list[tuple[int, Any, Any, tuple[int, ...]]]] = defaultdict(list)
+        self._where = where
+        for i, step in steps.items():
+            shape = where.tensors[i].shape
             for number, (before, after) in enumerate(
                 zip(step.before.groups, step.after.groups, strict=True)
             ):
-                if before != after:
-                    pairs = common_axes(before.entries, after.entries)
-                    assert pairs is not None
-                    jobs[before.devices, tuple(a.parts for a, _ in pairs)].append((i, number))
-        made: dict[tuple[int, int], dict[int, jax.Array]] = {}
-        for (members, _), tasks in jobs.items():
-            here = [self.devices[d] for d in members]
-            if all(d.process_index != jax.process_index() for d in here):
-                continue
-            number_of = dict(zip(here, members, strict=True))
-            inputs, targets = [], []
-            for i, number in tasks:
-                before, after = steps[i].before.groups[number], steps[i].after.groups[number]
+                here = [where.devices[d] for d in before.devices]
                 pairs = common_axes(before.entries, after.entries)
+                if before == after or not any(map(where.is_here, before.devices)):
+                    continue
                 assert pairs is not None
-                array = now[i].arrays[number]
                 source, target = (
-                    axes_sharding(_axes(side, array.ndim), here, explicit=True)
+                    axes_sharding(_axes(side, len(shape)), here, explicit=True)
                     for side in ([a for a, _ in pairs], [b for _, b in pairs])
                 )
-                local = [shard.data for shard in array.addressable_shards]
-                inputs.append(
-                    jax.make_array_from_single_device_arrays(
-                        array.shape, source, local, dtype=array.dtype
-                    )
+                region = tuple(
+                    sum(b - a for a, b in spans) for spans in step.before.region(number, shape)
                 )
-                targets.append(target)
-            for task, array in zip(tasks, _resharder(tuple(targets))(inputs), strict=True):
-                made[task] = {number_of[s.device]: s.data for s in array.addressable_shards}
-        for i, step in steps.items():
-            buffers = now[i].buffers(self.devices)
-            for number in range(len(step.after.groups)):
-                buffers |= made.get((i, number), {})
-            now[i] = self._union(i, buffers, step.after)
+                mesh = before.devices, tuple(a.parts for a, _ in pairs)
+                jobs[mesh].append((i, source, target, region))
+        self._jobs = [
+            (members, tasks, _resharder(tuple(target for _, _, target, _ in tasks)))
+            for (members, _), tasks in jobs.items()
+        ]
 
-    def _sum_across(self, now: list[UnionArray], steps: dict[int, Step]) -> None:
-        """Collectives over the finest slices that groups share, in rounds."""
-        slices: dict[tuple[tuple[int, ...], str], list[Slice]] = defaultdict(list)
-        for i, step in steps.items():
-            for cell, collectives in meeting(step, self.resolved.tensors[i].shape):
-                for devices in collectives:
-                    slices[devices, str(self.dtypes[i])].append(Slice(i, _SUM, cell))
-        arrived: dict[int, list[tuple[Parcel, jax.Array]]] = defaultdict(list)
-        have, pieces = self._had(now, steps)
-        members = [(key, key[0]) for key in slices]
-        for same in _apart(members, lambda key: (len(key[0]), key[1])):
-            for dealt in rounds_of(same):
-                length = max(Parcel(tuple(slices[k]), k[1]).size for k in dealt)
-                parcels = {k: Parcel(tuple(slices[k]), k[1], length) for k in dealt}
-                flat = {
-                    d: pack([parcels[k]], have[d], pieces[d])[0]
-                    for k in dealt
-                    for d in k[0]
-                    if d in pieces
-                }
-                got = sum_round([k[0] for k in dealt], flat, length, dealt[0][1], self.devices)
-                for k in dealt:
-                    for d in k[0]:
-                        if d in got:
-                            arrived[d].append((parcels[k], got[d]))
-        wants = {
-            i: [
-                Want(p.device, (_SUM,), p.spans)
-                for of_group in step.after.pieces(self.resolved.tensors[i].shape)
-                for p in of_group
+    def run(self, buffers: Buffers) -> None:
+        for members, tasks, program in self._jobs:
+            inputs = [
+                jax.make_array_from_single_device_arrays(
+                    region,
+                    source,
+                    [buffers[i][d] for d in members if d in buffers[i]],
+                    dtype=self._where.dtypes[i],
+                )
+                for i, source, _, region in tasks
             ]
-            for i, step in steps.items()
-        }
-        self._assemble(now, {i: s.after for i, s in steps.items()}, wants, have, pieces, arrived)
+            number = {self._where.devices[d]: d for d in members}
+            for (i, *_), array in zip(tasks, program(inputs), strict=True):
+                buffers[i] |= {number[s.device]: s.data for s in array.addressable_shards}
 
-    def _exchange(self, now: list[UnionArray], strides: dict[int, Stride]) -> None:
-        """Slices straight from sender to receiver, one message per pair and element width."""
-        steps = {i: stride.step for i, stride in strides.items()}
-        messages: dict[tuple[int, int, str], list[Slice]] = defaultdict(list)
-        for i, stride in strides.items():
-            for move in stride.moves:
-                key = move.sender, move.receiver, wire_dtype(self.dtypes[i])
-                messages[key].append(Slice(i, move.label, move.cell))
-        have, pieces = self._had(now, steps)
-        arrived = self._deliver({k: tuple(v) for k, v in sorted(messages.items())}, have, pieces)
-        wants = {
-            i: [w for group in step.want(self.resolved.tensors[i].shape) for w in group]
-            for i, step in steps.items()
-        }
-        self._assemble(now, {i: s.after for i, s in steps.items()}, wants, have, pieces, arrived)
 
-    def _deliver(
+class _Assembles:
+    """The second half of what moves slices: each device puts its pieces together."""
+
+    def __init__(
         self,
-        messages: dict[tuple[int, int, str], tuple[Slice, ...]],
-        have: dict[int, dict[int, Have]],
-        pieces: Pieces,
-    ) -> dict[int, list[tuple[Parcel, jax.Array]]]:
-        arrived: dict[int, list[tuple[Parcel, jax.Array]]] = defaultdict(list)
-        near = {k: v for k, v in messages.items() if self._same_process(k[0], k[1])}
-        for sender in sorted({k[0] for k in near} & set(pieces)):
-            keys = [k for k in near if k[0] == sender]
-            parcels = [Parcel(near[k], k[2]) for k in keys]
-            packed = pack(parcels, have[sender], pieces[sender])
-            landed = jax.device_put(packed, [self.devices[k[1]] for k in keys])
-            for key, parcel, array in zip(keys, parcels, landed, strict=True):
-                arrived[key[1]].append((parcel, array))
-        far = [(k, (k[0], k[1])) for k in messages if k not in near]
-        for same in _apart(far, lambda key: key[2]):
-            for dealt in rounds_of(same):
-                length = max(Parcel(messages[k], k[2]).size for k in dealt)
-                padded = {k: Parcel(messages[k], k[2], length) for k in dealt}
-                flat = {
-                    k[0]: pack([padded[k]], have[k[0]], pieces[k[0]])[0]
-                    for k in dealt
-                    if k[0] in pieces
-                }
-                got = exchange_round(
-                    [(k[0], k[1]) for k in dealt], flat, length, dealt[0][2], self.devices
-                )
-                for k in dealt:
-                    if k[1] in got:
-                        arrived[k[1]].append((padded[k], got[k[1]]))
-        return arrived
-
-    def _assemble(
-        self,
-        now: list[UnionArray],
-        after: dict[int, Layout],
-        wants: dict[int, list[Want]],
-        have: dict[int, dict[int, Have]],
-        pieces: Pieces,
-        arrived: dict[int, list[tuple[Parcel, jax.Array]]],
+        where: _Where,
+        wants: Mapping[int, Sequence[Want]],
+        have: Mapping[int, Mapping[int, Have]],
+        arriving: Mapping[int, Sequence[Parcel]],
     ) -> None:
         by_device: dict[int, dict[int, Want]] = defaultdict(dict)
         for i, of_tensor in wants.items():
             for want in of_tensor:
-                if self.devices[want.device].process_index == jax.process_index():
+                if where.is_here(want.device):
                     by_device[want.device][i] = want
-        buffers: dict[int, dict[int, jax.Array]] = {i: {} for i in wants}
-        for device, of_device in sorted(by_device.items()):
-            made = assemble(
-                of_device,
-                have.get(device, {}),
-                pieces.get(device, {}),
-                arrived.get(device, ()),
-                dict(enumerate(self.dtypes)),
-                self.devices[device],
+        self._tensors = list(wants)
+        self._parts = [
+            (
+                device,
+                assembly(
+                    of_device,
+                    have.get(device, {}),
+                    arriving.get(device, ()),
+                    where.dtypes,
+                    where.devices[device],
+                ),
             )
-            for i, array in made.items():
-                buffers[i][device] = array
-        for i, layout in after.items():
-            now[i] = self._union(i, buffers[i], layout)
+            for device, of_device in sorted(by_device.items())
+        ]
 
-    def _had(
-        self, now: list[UnionArray], steps: dict[int, Step]
-    ) -> tuple[dict[int, dict[int, Have]], Pieces]:
-        have: dict[int, dict[int, Have]] = defaultdict(dict)
-        pieces: Pieces = defaultdict(dict)
+    def run(self, buffers: Buffers, arrived: Mapping[int, Sequence[jax.Array]]) -> None:
+        after: dict[int, dict[int, jax.Array]] = {i: {} for i in self._tensors}
+        for device, part in self._parts:
+            got = arrived.get(device, ())
+            for i in part.kept:
+                after[i][device] = buffers[i][device]
+            for i, parcel in part.adopted:
+                after[i][device] = got[parcel]
+            if part.run is not None:
+                inputs = [*(buffers[i][device] for i in part.own), *(got[n] for n in part.parcels)]
+                for i, array in zip(part.made, part.run(inputs), strict=True):
+                    after[i][device] = array
+        for i, of_tensor in after.items():
+            buffers[i] = of_tensor
+
+
+class _AcrossGroups:
+    """Collectives over the finest slices that groups share, in rounds."""
+
+    def __init__(self, where: _Where, steps: Mapping[int, Step]) -> None:
+        self._where = where
+        slices: dict[tuple[tuple[int, ...], str], list[Slice]] = defaultdict(list)
         for i, step in steps.items():
-            for of_group in step.have(self.resolved.tensors[i].shape):
-                for holding in of_group:
-                    have[holding.device][i] = holding
-            for device, array in now[i].buffers(self.devices).items():
-                pieces[device][i] = array
-        return have, pieces
+            for cell, collectives in meeting(step, where.tensors[i].shape):
+                for devices in collectives:
+                    slices[devices, str(where.dtypes[i])].append(Slice(i, _SUM, cell))
+        have = where.had(steps)
+        arriving: dict[int, list[Parcel]] = defaultdict(list)
+        self._rounds: list[tuple[list[tuple[int, ...]], int, str, dict[int, Packer]]] = []
+        members = [(key, key[0]) for key in slices]
+        for same in _apart(members, lambda key: (len(key[0]), key[1])):
+            for dealt in rounds_of(same):
+                length = max(Parcel(tuple(slices[k]), k[1]).size for k in dealt)
+                packers = {}
+                for key in dealt:
+                    parcel = Parcel(tuple(slices[key]), key[1], length)
+                    for device in key[0]:
+                        if where.is_here(device):
+                            packers[device] = packer([parcel], have[device])
+                            arriving[device].append(parcel)
+                self._rounds.append(([k[0] for k in dealt], length, dealt[0][1], packers))
+        wants = {
+            i: [
+                Want(p.device, (_SUM,), p.spans)
+                for of_group in step.after.pieces(where.tensors[i].shape)
+                for p in of_group
+            ]
+            for i, step in steps.items()
+        }
+        self._end = _Assembles(where, wants, have, arriving)
 
-    def _union(self, i: int, buffers: dict[int, jax.Array], layout: Layout) -> UnionArray:
-        shape = self.resolved.tensors[i].shape
-        return from_buffers(buffers, layout, shape, self.dtypes[i], self.devices)
+    def run(self, buffers: Buffers) -> None:
+        arrived: dict[int, list[jax.Array]] = defaultdict(list)
+        for rows, length, dtype, packers in self._rounds:
+            flat = {d: _packed(p, buffers, d)[0] for d, p in packers.items()}
+            got = sum_round(rows, flat, length, dtype, self._where.devices)
+            for device in packers:
+                arrived[device].append(got[device])
+        self._end.run(buffers, arrived)
 
-    def _same_process(self, a: int, b: int) -> bool:
-        return bool(self.devices[a].process_index == self.devices[b].process_index)
+
+Message = tuple[int, int, str]
+"""(sender, receiver, dtype on the way)."""
+
+
+class _Exchange:
+    """Slices straight from sender to receiver, one message per pair and element width."""
+
+    def __init__(self, where: _Where, strides: Mapping[int, Stride]) -> None:
+        self._where = where
+        steps = {i: stride.step for i, stride in strides.items()}
+        have = where.had(steps)
+        messages: dict[Message, list[Slice]] = defaultdict(list)
+        for i, stride in strides.items():
+            for move in stride.moves:
+                key = move.sender, move.receiver, wire_dtype(where.dtypes[i])
+                messages[key].append(Slice(i, move.label, move.cell))
+        arriving: dict[int, list[Parcel]] = defaultdict(list)
+        near, far = [], []
+        for key, slices in sorted(messages.items()):
+            same = where.devices[key[0]].process_index == where.devices[key[1]].process_index
+            (near if same else far).append((key, tuple(slices)))
+        self._near = self._prepare_near(near, have, arriving)
+        self._far = self._prepare_far(far, have, arriving)
+        wants = {
+            i: [w for group in step.want(where.tensors[i].shape) for w in group]
+            for i, step in steps.items()
+        }
+        self._end = _Assembles(where, wants, have, arriving)
+
+    def _prepare_near(
+        self,
+        messages: Sequence[tuple[Message, tuple[Slice, ...]]],
+        have: Mapping[int, Mapping[int, Have]],
+        arriving: dict[int, list[Parcel]],
+    ) -> list[tuple[int, Packer, list[int]]]:
+        parcels: dict[int, list[tuple[int, Parcel]]] = defaultdict(list)
+        for (sender, receiver, dtype), slices in messages:
+            if not self._where.is_here(sender):
+                continue
+            packed = [s for s in slices if not self._goes_bare(s, have[sender], len(slices))]
+            bare = [s for s in slices if s not in packed]
+            for s in bare:
+                parcels[sender].append((receiver, Parcel((s,), dtype, is_bare=True)))
+            if packed:
+                parcels[sender].append((receiver, Parcel(tuple(packed), dtype)))
+        out = []
+        for sender, to in sorted(parcels.items()):
+            for receiver, parcel in to:
+                arriving[receiver].append(parcel)
+            receivers = [receiver for receiver, _ in to]
+            out.append((sender, packer([p for _, p in to], have[sender]), receivers))
+        return out
+
+    def _goes_bare(self, part: Slice, have: Mapping[int, Have], companions: int) -> bool:
+        if companions == 1:
+            return True
+        size = math.prod(part.shape) * self._where.dtypes[part.tensor].itemsize
+        return size >= _WORTH_PACKING_BYTES and is_whole(have[part.tensor].spans, part.cell)
+
+    def _prepare_far(
+        self,
+        messages: Sequence[tuple[Message, tuple[Slice, ...]]],
+        have: Mapping[int, Mapping[int, Have]],
+        arriving: dict[int, list[Parcel]],
+    ) -> list[tuple[list[tuple[int, int]], int, str, dict[int, Packer], list[int]]]:
+        slices = dict(messages)
+        out = []
+        for same in _apart([(k, (k[0], k[1])) for k in slices], lambda key: key[2]):
+            for dealt in rounds_of(same):
+                length = max(Parcel(slices[k], k[2]).size for k in dealt)
+                packers, receivers = {}, []
+                for key in dealt:
+                    parcel = Parcel(slices[key], key[2], length)
+                    if self._where.is_here(key[0]):
+                        packers[key[0]] = packer([parcel], have[key[0]])
+                    if self._where.is_here(key[1]):
+                        arriving[key[1]].append(parcel)
+                        receivers.append(key[1])
+                pairs = [(k[0], k[1]) for k in dealt]
+                out.append((pairs, length, dealt[0][2], packers, receivers))
+        return out
+
+    def run(self, buffers: Buffers) -> None:
+        arrived: dict[int, list[jax.Array]] = defaultdict(list)
+        leaving: list[jax.Array] = []
+        targets: list[int] = []
+        for sender, pack, receivers in self._near:
+            leaving += _packed(pack, buffers, sender)
+            targets += receivers
+        landed = jax.device_put(leaving, [self._where.devices[d] for d in targets])
+        for device, array in zip(targets, landed, strict=True):
+            arrived[device].append(array)
+        for pairs, length, dtype, packers, receivers in self._far:
+            flat = {d: _packed(p, buffers, d)[0] for d, p in packers.items()}
+            got = exchange_round(pairs, flat, length, dtype, self._where.devices)
+            for device in receivers:
+                arrived[device].append(got[device])
+        self._end.run(buffers, arrived)
+
+
+def _packed(pack: Packer, buffers: Buffers, device: int) -> list[jax.Array]:
+    return pack.run([buffers[i][device] for i in pack.tensors])
 
 
 _SUM = -1

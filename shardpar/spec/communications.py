@@ -237,9 +237,7 @@ def fuse(tensors: Iterable[Tensor], cluster: Cluster | None = None) -> Reshard:
 
 def _is_sent(step: Step) -> bool:
     """Whether a step is slices from device to device, rather than a reducing collective."""
-    if step.adds == "groups":
-        return step.after.across != "dup"
-    return step.adds != "terms"
+    return step.adds not in ("groups", "terms")
 
 
 def _require_devices(tensor: Tensor, cluster: Cluster | None) -> None:
@@ -257,11 +255,10 @@ def _require_devices(tensor: Tensor, cluster: Cluster | None) -> None:
 def _name(
     step: Step, moves: Sequence[Move], shape: Shape, itemsize: int
 ) -> tuple[Communication, ...]:
-    if step.adds == "groups" and step.after.across == "dup":
-        return (_split_all_reduce(step, shape, itemsize),)
     if step.adds == "groups":
-        groups = _shared(step, shape)
-        return (_sends("split-reduce-scatter", "top", groups, moves, itemsize),)
+        return (_split_all_reduce(step, shape, itemsize),)
+    if step.adds == "all":
+        return (_adding_where_wanted(step, moves, shape, itemsize),)
     if step.is_in_groups:
         return _in_groups(step, moves, shape, itemsize)
     if not moves:
@@ -315,33 +312,19 @@ def _only_renamed(before: Group, after: Group, step: Step, number: int, shape: S
 
 
 def _reducing(before: Group, after: Group, size: int, itemsize: int) -> list[Communication]:
-    by_kind: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = defaultdict(list)
-    for kind, devices, sent in reductions(before, after, size):
-        by_kind[kind].append((devices, sent))
+    by_kind: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    taken: dict[str, Counter[int]] = defaultdict(Counter)
+    for kind, devices, elements in reductions(before, after, size):
+        by_kind[kind].append(devices)
+        taken[kind].update(dict(zip(devices, elements, strict=True)))
     out = []
-    for kind, members in by_kind.items():
-        flat = [pair for devices, sent in members for pair in zip(devices, sent, strict=True)]
-        sent_bytes = tuple(sorted((device, n * itemsize) for device, n in flat))
-        received = sent_bytes
-        if kind == "all-reduce":
-            left = size // (
-                math.prod(len(d) for d, _ in by_kind["reduce-scatter"][:1])
-                if "reduce-scatter" in by_kind
-                else 1
-            )
-            received = tuple(
-                sorted(
-                    (device, n * itemsize)
-                    for devices, _ in members
-                    for device, n in zip(
-                        devices, ring_all_reduce(left, len(devices))[1], strict=True
-                    )
-                )
-            )
+    for kind, groups in by_kind.items():
         named: Kind = "all-reduce" if kind == "all-reduce" else "reduce-scatter"
-        out.append(
-            Communication(named, "bottom", tuple(d for d, _ in members), sent_bytes, received)
-        )
+        received = tuple(sorted((device, n * itemsize) for device, n in taken[kind].items()))
+        # In a ring each member sends on what its neighbour takes.
+        passed = {d: taken[kind][g[(i + 1) % len(g)]] for g in groups for i, d in enumerate(g)}
+        sent = tuple(sorted((device, n * itemsize) for device, n in passed.items()))
+        out.append(Communication(named, "bottom", tuple(groups), sent, received))
     return out
 
 
@@ -399,6 +382,19 @@ def _split_all_reduce(step: Step, shape: Shape, itemsize: int) -> Communication:
         tuple(sorted(sent.items())),
         tuple(sorted(received.items())),
     )
+
+
+def _adding_where_wanted(
+    step: Step, moves: Sequence[Move], shape: Shape, itemsize: int
+) -> Communication:
+    before, after = step.before, step.after
+    same_groups = [g.devices for g in before.groups] == [g.devices for g in after.groups]
+    if same_groups and all(group.terms == 1 for group in before.groups):
+        groups = _shared(step, shape)
+    else:
+        groups = tuple(dict.fromkeys((m.sender, m.receiver) for m in moves))
+    tier: Tier = "bottom" if len(before.groups) == len(after.groups) == 1 else "top"
+    return _sends("split-reduce-scatter", tier, groups, moves, itemsize)
 
 
 def _shared(step: Step, shape: Shape) -> tuple[tuple[int, ...], ...]:

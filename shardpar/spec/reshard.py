@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -33,9 +33,10 @@ from shardpar.spec.layout import (
 
 Shape = tuple[int, ...]
 
-Adds = Literal["nothing", "terms", "groups", "zeros"]
-"""What a step does to addends: keeps them, adds up each group's own, adds up the groups',
-or makes addends of a whole array by putting zeros beside it."""
+Adds = Literal["nothing", "terms", "groups", "all", "zeros"]
+"""What a step does to addends: keeps them; adds up each group's own inside the group; adds up
+the groups', for all of them; adds up all addends where the sum is wanted; or makes addends
+of a whole array by putting zeros beside it."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Step:
                 if self.adds == "terms":
                     terms = self.after.groups[number].terms
                     needed = _added(before[number], label - min(labels), terms)
-                elif self.adds == "groups":
+                elif self.adds in ("groups", "all"):
                     needed = every
                 elif self.adds == "zeros":
                     needed = (0,) if label in first else ()
@@ -158,26 +159,42 @@ def chain(src: Layout, dst: Layout, shape: Shape) -> tuple[Step, ...]:
       SpecError: a layout does not fit the shape.
     """
     check_pair(src, dst, shape)
-    return min(
-        _chains(src, dst, shape),
-        key=lambda steps: (sum(elements_moved(step, shape) for step in steps), len(steps)),
-    )
+    return min(_chains(src, dst, shape), key=lambda steps: _cost(steps, shape))
 
 
-def elements_moved(step: Step, shape: Shape) -> int:
-    """Elements that cross in a step, over all devices."""
-    if step.adds == "groups" and step.after.across == "dup":
-        return sum(
-            2 * (len(devices) - 1) * _size(cell)
-            for cell, groups in meeting(step, shape)
-            for devices in groups
-        )
-    if step.is_in_groups and step.adds == "terms":
-        return sum(
-            sum(sum(sent) for _, _, sent in reductions(before, after, piece_sizes))
-            for before, after, piece_sizes in _group_changes(step, shape)
-        )
-    return sum(d.size * len(d.receivers) for d in step.demands(shape))
+def _cost(steps: Sequence[Step], shape: Shape) -> tuple[int, bool, int, int]:
+    """Elements that cross; then what a chain has against it where others cross no more.
+
+    Adding up where the sum is wanted puts all of the work on few devices, so it must save
+    bytes. Fewer steps are better, and then a less busy receiver.
+    """
+    total: Counter[int] = Counter()
+    for step in steps:
+        total.update(received(step, shape))
+    lumped = any(step.adds == "all" and step.before.devices != step.after.devices for step in steps)
+    return total.total(), lumped, len(steps), max(total.values(), default=0)
+
+
+def received(step: Step, shape: Shape) -> Counter[int]:
+    """Elements each device receives in a step."""
+    out: Counter[int] = Counter()
+    if step.adds == "groups":
+        for cell, groups in meeting(step, shape):
+            for devices in groups:
+                out.update(_by_device(devices, ring_all_reduce(_size(cell), len(devices))[1]))
+    elif step.adds == "terms":
+        for before, after, size in _group_changes(step, shape):
+            for _, devices, taken in reductions(before, after, size):
+                out.update(_by_device(devices, taken))
+    else:
+        for demand in step.demands(shape):
+            for receiver in demand.receivers:
+                out[receiver] += demand.size
+    return out
+
+
+def _by_device(devices: Sequence[int], amounts: Sequence[int]) -> dict[int, int]:
+    return dict(zip(devices, amounts, strict=True))
 
 
 def _group_changes(step: Step, shape: Shape) -> Iterator[tuple[Group, Group, int]]:
@@ -214,7 +231,9 @@ def is_same(src: Layout, dst: Layout, shape: Shape) -> bool:
             for p, label in zip(pieces, labels, strict=True)
         }
 
-    return all_of(src) == all_of(dst)
+    # The same addends mean something else where the groups' sums are added up too.
+    alike = (src.across == "partial") == (dst.across == "partial")
+    return alike and all_of(src) == all_of(dst)
 
 
 def carries(src: Layout, dst: Layout) -> bool:
@@ -240,28 +259,35 @@ def first_term(layout: Layout) -> Layout:
 
 
 def _reductions(src: Layout, dst: Layout, shape: Shape) -> Iterator[tuple[Step, ...]]:
-    """Ways to add something up: first what the groups hold, then the groups."""
+    """Ways to add something up; of equally good ones, those that are collectives come first."""
     if any(group.terms > 1 for group in src.groups):
         yield from _bottom_reductions(src, dst, shape)
-        return
+    else:
+        yield from _top_reductions(src, dst, shape)
+    if src.across == "dup" and len(src.groups) > 1:
+        for group in src.groups:
+            yield (Step(src, Layout((group,))),)
+    elif dst.terms == 1 and not isinstance(src.across, SplitAcross):
+        for one in single_copies(dst):
+            yield (Step(src, one, "all"),)
+
+
+def _top_reductions(src: Layout, dst: Layout, shape: Shape) -> Iterator[tuple[Step, ...]]:
     same_devices = [g.devices for g in src.groups] == [g.devices for g in dst.groups]
-    if same_devices and dst.terms == 1:
-        if dst.across == "dup":
-            aligned = Layout(dst.groups, "partial")
-            first = () if aligned == src else (Step(src, aligned),)
-            yield (*first, Step(aligned, dst, "groups"))
-        else:
-            yield (Step(src, dst, "groups"),)
-    yield (Step(src, Layout(src.groups, "dup"), "groups"),)
+    if same_devices and dst.terms == 1 and dst.across == "dup":
+        aligned = Layout(dst.groups, "partial")
+        first = () if aligned == src else (Step(src, aligned),)
+        yield (*first, Step(aligned, dst, "groups"))
     for dim in range(len(shape)):
         spread = scattered(src, dim, shape)
         if spread is not None:
-            yield (Step(src, spread, "groups"),)
+            yield (Step(src, spread, "all"),)
+    yield (Step(src, Layout(src.groups, "dup"), "groups"),)
 
 
 def _bottom_reductions(src: Layout, dst: Layout, shape: Shape) -> Iterator[tuple[Step, ...]]:
     whole = tuple(group for group in src.groups if group.terms == 1)
-    if whole and src.across == "dup":
+    if len(whole) > 1 and src.across == "dup":
         yield (Step(src, Layout(whole)),)
     same = len(src.groups) == len(dst.groups)
     for dim in (None, *range(len(shape))):
@@ -275,6 +301,42 @@ def _bottom_reductions(src: Layout, dst: Layout, shape: Shape) -> Iterator[tuple
                 else _reduced(group, dim, region)
             )
         yield (Step(src, replace(src, groups=tuple(groups)), "terms"),)
+
+
+_MOST_COPIES = 16
+
+
+def single_copies(layout: Layout) -> Iterator[Layout]:
+    """Parts of a layout that have the whole array once, where its sum may be made first.
+
+    >>> from shardpar.spec.layout_text import layout_from_text
+    >>> for one in single_copies(layout_from_text("[0,1]{dup:2} + [2]{} across dup")):
+    ...     print(one)
+    [0]{}
+    [1]{}
+    [2]{}
+    """
+    if layout.across != "dup":
+        groups = tuple(next(_single(group)) for group in layout.groups)
+        yield Layout(groups, layout.across)
+        return
+    every = (Layout((one,)) for group in layout.groups for one in _single(group))
+    yield from itertools.islice(every, _MOST_COPIES)
+
+
+def _single(group: Group) -> Iterator[Group]:
+    """A group without its copies, for each of the copies."""
+    kept = [i for i, e in enumerate(group.entries) if not isinstance(e, Replicate)]
+    entries = tuple(group.entries[i] for i in kept)
+    for devices in zip(
+        *along(
+            group.devices,
+            [e.parts for e in group.entries],
+            [i for i in range(len(group.entries)) if i not in kept],
+        ),
+        strict=True,
+    ):
+        yield Group(devices, entries)
 
 
 def reduces_to(before: Group, after: Group) -> bool:
@@ -382,7 +444,7 @@ Reduction = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 def reductions(before: Group, after: Group, size: int) -> list[Reduction]:
-    """The collectives that add up a group's addends: (kind, devices, elements sent by each).
+    """The collectives that add up a group's addends: (kind, devices, elements each receives).
 
     Args:
       before: the group with its addends.
@@ -403,7 +465,7 @@ def reductions(before: Group, after: Group, size: int) -> list[Reduction]:
         size //= parts
     if gather:
         for devices in along(before.devices, sizes, gather):
-            out.append(("all-reduce", devices, ring_all_reduce(size, len(devices))[0]))
+            out.append(("all-reduce", devices, ring_all_reduce(size, len(devices))[1]))
     return out
 
 
@@ -456,7 +518,7 @@ def lower_bound_elements(src: Layout, dst: Layout, shape: Shape) -> int:
     check_pair(src, dst, shape)
     if dst.terms > 1:
         if src.terms > 1 and carries(src, dst):
-            return elements_moved(Step(src, dst), shape)
+            return received(Step(src, dst), shape).total()
         return 0 if src.terms > 1 else lower_bound_elements(src, first_term(dst), shape)
     have = [h for group in Step(src, src).have(shape) for h in group]
     want = [p for pieces in dst.pieces(shape) for p in pieces]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from dataclasses import replace
 
 import numpy as np
 
@@ -75,6 +77,40 @@ def _across(draw: random.Random, shape: tuple[int, ...], groups: int) -> SplitAc
     cuts = sorted(draw.sample(range(1, shape[dim]), count - 1))
     extents = [b - a for a, b in zip([0, *cuts], [*cuts, shape[dim]], strict=True)]
     return SplitAcross(dim, tuple(Block(i % groups, n) for i, n in enumerate(extents)))
+
+
+def twin(draw: random.Random, layout: Layout, shape: tuple[int, ...]) -> Layout:
+    """A layout on the same groups, now and then the very same."""
+    if draw.random() < 0.3:
+        return layout
+    for _ in range(400):
+        other = random_layout(draw, shape)
+        if [len(g.devices) for g in other.groups] == [len(g.devices) for g in layout.groups]:
+            groups = tuple(
+                Group(mine.devices, theirs.entries)
+                for mine, theirs in zip(layout.groups, other.groups, strict=True)
+            )
+            return Layout(groups, other.across)
+    return layout
+
+
+def random_pair(draw: random.Random) -> tuple[Layout, Layout, tuple[int, ...]]:
+    """Two layouts and a shape that both fit; often on the same groups, as collectives are."""
+    shape = draw.choice(SHAPES)
+    src = random_layout(draw, shape)
+    how = draw.random()
+    if how < 0.4:
+        return src, twin(draw, src, shape), shape
+    if how < 0.7 and len(src.groups) > 1:
+        # Only what holds across the groups changes.
+        for _ in range(50):
+            dst = replace(
+                src, across=draw.choice(("dup", "partial", _across(draw, shape, len(src.groups))))
+            )
+            with contextlib.suppress(SpecError):
+                dst.pieces(shape)
+                return src, dst, shape
+    return src, random_layout(draw, shape), shape
 
 
 def addends(layout: Layout, value: np.ndarray, seed: int = 0) -> list[list[np.ndarray]]:

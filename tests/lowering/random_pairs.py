@@ -1,10 +1,15 @@
 """Reshards random pairs of layouts on virtual devices and compares with NumPy, bit for bit.
 
-python -m tests.lowering.random_pairs FIRST COUNT
+    python -m tests.lowering.random_pairs FIRST COUNT
+
+Each pair compiles some ten tiny programs, which are most of its time; XLA's passes that make
+programs fast are left out.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import sys
 from collections import Counter
@@ -17,7 +22,7 @@ from shardpar.lowering.transfer import Transfer
 from shardpar.lowering.union import UnionArray, from_buffers
 from shardpar.spec.communications import Reshard, Tensor, fuse
 from shardpar.spec.layout import Layout
-from tests.lowering.layouts import SHAPES, held_by, numpy_pieces, random_layout, whole
+from tests.lowering.layouts import held_by, numpy_pieces, random_pair, whole
 
 
 def put(layout: Layout, value: np.ndarray, seed: int, devices) -> UnionArray:
@@ -33,9 +38,7 @@ def put(layout: Layout, value: np.ndarray, seed: int, devices) -> UnionArray:
 
 def check_pair(seed: int) -> Reshard:
     """One pair, in int32 and float32 at once; integers are summed exactly in both."""
-    draw = random.Random(seed)
-    shape = draw.choice(SHAPES)
-    src, dst = random_layout(draw, shape), random_layout(draw, shape)
+    src, dst, shape = random_pair(random.Random(seed))
     devices = jax.devices()
     rng = np.random.default_rng(seed)
     values = [rng.integers(-99, 99, shape).astype(t) for t in (np.int32, np.float32)]
@@ -50,8 +53,12 @@ def check_pair(seed: int) -> Reshard:
     return resolved
 
 
+QUICK_TO_COMPILE = "--xla_cpu_use_fusion_emitters=false --xla_backend_optimization_level=0"
+
+
 def main() -> None:
     first, count = map(int, sys.argv[1:])
+    os.environ["XLA_FLAGS"] = QUICK_TO_COMPILE
     use_virtual_devices(8)
     kinds: Counter[str] = Counter()
     for seed in range(first, first + count):
@@ -59,7 +66,7 @@ def main() -> None:
         if (seed - first) % 250 == 249:
             # Every pair has programs of its own; none is needed again.
             jax.clear_caches()
-    print(f"{count} pairs equal NumPy: {dict(kinds.most_common())}")
+    print(json.dumps({"pairs": count, "communications": dict(kinds.most_common())}))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,13 @@ from shardpar.lowering.devices import use_virtual_devices
 from shardpar.lowering.transfer import Transfer
 from shardpar.spec.communications import Tensor, fuse
 from shardpar.spec.layout import Layout
-from tests.lowering.layouts import SHAPES, random_layout
+from tests.lowering.layouts import random_pair
 from tests.lowering.random_pairs import put
 
 
 def case(seed: int) -> tuple[Layout, Layout, list[np.ndarray]]:
     """A pair and the arrays that both processes, and their parent, make of the seed."""
-    draw = random.Random(seed)
-    shape = draw.choice(SHAPES)
-    src, dst = random_layout(draw, shape), random_layout(draw, shape)
+    src, dst, shape = random_pair(random.Random(seed))
     rng = np.random.default_rng(seed)
     return src, dst, [rng.integers(-99, 99, shape).astype(t) for t in (np.int32, np.float32)]
 

@@ -18,7 +18,7 @@ from shardpar.spec import deduce
 from shardpar.spec.layout import Group, Layout, Partial, Replicate
 from shardpar.spec.layout_text import layout_from_text as L
 from shardpar.spec.mesh import GroupLayout, Mesh
-from tests.lowering.layouts import numpy_pieces, random_layout, whole
+from tests.lowering.layouts import numpy_pieces, random_layout, twin, whole
 
 MATMUL = (((1,), (0,)), ((), ()))
 
@@ -221,21 +221,6 @@ def check(layouts, arrays, out: Layout, local, expected, seed=0) -> None:
     made = {d: local(*[h[d] for h in held], piece=pieces[d]) for d in pieces}
     assert {d: m.shape for d, m in made.items()} == {d: p.shape for d, p in pieces.items()}
     assert np.array_equal(whole(out, expected.shape, made), expected)
-
-
-def twin(draw: random.Random, layout: Layout, shape: tuple[int, ...]) -> Layout:
-    """A layout on the same groups, now and then the very same."""
-    if draw.random() < 0.3:
-        return layout
-    for _ in range(400):
-        other = random_layout(draw, shape)
-        if [len(g.devices) for g in other.groups] == [len(g.devices) for g in layout.groups]:
-            groups = tuple(
-                Group(mine.devices, theirs.entries)
-                for mine, theirs in zip(layout.groups, other.groups, strict=True)
-            )
-            return Layout(groups, other.across)
-    return layout
 
 
 def numbers(shape, seed) -> np.ndarray:
