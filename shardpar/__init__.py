@@ -12,6 +12,7 @@ _HOME = {
     "ConfigError": "shardpar.errors",
     "DataError": "shardpar.errors",
     "InfeasibleError": "shardpar.errors",
+    "Layout": "shardpar.spec.layout",
     "LayerGraph": "shardpar.spec.graph",
     "LayerStrategy": "shardpar.spec.plan",
     "Plan": "shardpar.spec.plan",
@@ -22,10 +23,15 @@ _HOME = {
     "ShardparError": "shardpar.errors",
     "SpecError": "shardpar.errors",
     "TrainState": "shardpar.lowering.state",
+    "UnionArray": "shardpar.lowering.union",
     "compile": "shardpar.train.compile",
     "layer": "shardpar.capture.layers",
+    "layout_from_text": "shardpar.spec.layout_text",
     "local_cluster": "shardpar.lowering.devices",
+    "place": "shardpar.lowering.union",
+    "reshard": "shardpar.spec.communications",
     "trace": "shardpar.capture.trace",
+    "transfer": "shardpar.lowering.transfer",
     "use_virtual_devices": "shardpar.lowering.devices",
 }
 

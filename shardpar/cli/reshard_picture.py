@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
@@ -53,14 +54,25 @@ def picture(resolved: Reshard) -> Figure:
         names = dict.fromkeys(c.kind for c in stride.communications)
         middle = left + _BETWEEN / 2
         axes.text(
-            middle, _CARD + 0.35, "\n".join(names), ha="center", va="bottom", fontsize=8,
+            middle, _CARD + 1.15, "\n".join(names), ha="center", va="bottom", fontsize=8,
             weight="bold",
         )  # fmt: skip
         _arrows(axes, stride, resolved, left, rows)
     axes.set_xlim(-0.6, (columns - 1) * (_CARD + _BETWEEN) + _CARD + 0.3)
-    axes.set_ylim(min(rows.values()) - 0.3, _CARD + 1.3)
+    axes.set_ylim(min(rows.values()) - 0.3, _CARD + 1.8)
     axes.set_aspect("equal")
     return figure
+
+
+def save(resolved: Reshard, path: str) -> None:
+    """Writes the picture; the same reshard gives the same file.
+
+    Raises:
+      OSError: it cannot be written.
+    """
+    dated = {"Date": None} if path.lower().endswith(".svg") else None
+    with mpl.rc_context({"svg.hashsalt": "shardpar"}):
+        picture(resolved).savefig(path, dpi=150, bbox_inches="tight", metadata=dated)
 
 
 def _folded(text: str) -> str:

@@ -207,10 +207,9 @@ def draw(resolved: Reshard, path: str) -> None:
     kinds = (".png", ".svg", ".pdf")
     if Path(path).suffix.lower() not in kinds:
         raise UserError(f"--out is {path}; give a file that ends with {', '.join(kinds)}")
-    from shardpar.cli.reshard_picture import picture
+    from shardpar.cli.reshard_picture import save
 
-    figure = picture(resolved)
     try:
-        figure.savefig(path, dpi=150, bbox_inches="tight")
+        save(resolved, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None

@@ -35,7 +35,7 @@ from shardpar.lowering.union import UnionArray, from_buffers
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.communications import Reshard, Stride, Tensor, fuse
 from shardpar.spec.exchange import Have, Want
-from shardpar.spec.layout import Entry, Group, Layout
+from shardpar.spec.layout import Entry, Group, Layout, Partial
 from shardpar.spec.mesh import GroupLayout
 from shardpar.spec.reshard import Step, common_axes, meeting
 
@@ -449,11 +449,19 @@ _SUM = -1
 
 
 def _xla_can(step: Step) -> bool:
-    """Whether every group changes alone on one mesh, which one jitted reshard does."""
-    return step.is_in_groups and all(
-        common_axes(before.entries, after.entries) is not None
-        for before, after in zip(step.before.groups, step.after.groups, strict=True)
-    )
+    """Whether every group changes alone on one mesh, which one jitted reshard does.
+
+    XLA adds up along axes, but aborts where addends move from one axis to another.
+    """
+    if not step.is_in_groups:
+        return False
+    for before, after in zip(step.before.groups, step.after.groups, strict=True):
+        pairs = common_axes(before.entries, after.entries)
+        if pairs is None or any(
+            isinstance(b, Partial) and not isinstance(a, Partial) for a, b in pairs
+        ):
+            return False
+    return True
 
 
 def _axes(entries: Sequence[Entry], rank: int) -> GroupLayout:

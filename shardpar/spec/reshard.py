@@ -289,7 +289,10 @@ def _bottom_reductions(src: Layout, dst: Layout, shape: Shape) -> Iterator[tuple
     whole = tuple(group for group in src.groups if group.terms == 1)
     if len(whole) > 1 and src.across == "dup":
         yield (Step(src, Layout(whole)),)
-    same = len(src.groups) == len(dst.groups)
+    # What a group becomes at its destination is of use only in the same part of the array.
+    same = len(src.groups) == len(dst.groups) and all(
+        src.region(number, shape) == dst.region(number, shape) for number in range(len(src.groups))
+    )
     for dim in (None, *range(len(shape))):
         groups = []
         for number, group in enumerate(src.groups):

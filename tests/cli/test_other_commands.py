@@ -113,3 +113,66 @@ def test_a_missing_cluster_file_is_one_line(tmp_path):
     assert done.returncode == 2
     assert "nowhere.yaml" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+PARTIAL = "[0,1]{split0:2} + [2] across partial"
+WHOLE = "[0,1]{split0:2} + [2] across dup"
+
+
+def test_a_reshard_is_one_json_object_with_its_communications_and_bytes(tmp_path):
+    done = shardpar("reshard", PARTIAL, WHOLE, "--shape", "8,8", "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert [(c["kind"], c["groups"], c["bytes"]) for c in found["communications"]] == [
+        ("split-all-reduce", [[0, 2], [1, 2]], 512)
+    ]
+    assert found["bytes_sent"] == found["bytes_received"] == {"0": 128, "1": 128, "2": 256}
+    assert found["total_bytes"] == found["lower_bound_bytes"] == 512
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_reshard_is_drawn_and_told(kind, tmp_path):
+    done = shardpar(
+        "reshard", "[0,1]{split0:2}", "[2,3]{split1:2} + [4] across dup", "--shape", "8,8",
+        "--dtype", "bfloat16", "--out", f"picture.{kind}", cwd=tmp_path,
+    )  # fmt: skip
+    assert "0 → 4  [0:4, 0:8]  64 B" in done.stdout
+    assert "256 B cross; the lower bound is 256 B (1.00x)" in done.stdout
+    start = (tmp_path / f"picture.{kind}").read_bytes()[:200]
+    assert b"PNG" in start if kind == "png" else b"<?xml" in start
+
+
+def test_a_reshard_on_a_cluster_counts_seconds_of_its_links(tmp_path):
+    done = shardpar(
+        "reshard", "[0,8]{dup:2}", "[1,2,9,10]{dup:4}", "--shape", "1024,1024", "--json",
+        "--cluster", str(ROOT / "configs" / "clusters" / "h100x64.yaml"), cwd=tmp_path,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert found["bytes_sent"] == {"0": 2**23, "8": 2**23, "1": 0, "2": 0, "9": 0, "10": 0}
+    assert found["busiest_link_s"] == pytest.approx(2**23 / 450e9)
+
+
+BAD_RESHARDS = {
+    ("[0,1]{split0:2} + [1] across dup", "[0]", "8,8"): "device 1 is in group 0 and in group 1",
+    ("[0,1,2]{split0:3}", "[0]", "8,8"): "3 parts, which do not divide its 8 indices",
+    ("[0,1]{split2:2}", "[0]", "8,8"): "splits dim 2, but the array has 2 dims",
+    ("[0] + [1] across split0(5,4)", "[0]", "8,8"): "add up to 9, but dim 0",
+    ("[0]", "[0", "8,8"): 'DST column 3: expected "]" after the devices, got the end',
+    ("[0]", "[0]", "8,x"): '--shape is "8,x"; write the size of each dim',
+    ("[0]", "[0]", "0"): '--shape is "0"; write the size of each dim',
+}
+
+
+@pytest.mark.parametrize("case", BAD_RESHARDS)
+def test_layouts_that_cannot_be_are_one_line_and_exit_code_2(case, tmp_path):
+    src, dst, shape = case
+    done = shardpar("reshard", src, dst, "--shape", shape, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert BAD_RESHARDS[case] in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("extra", [("--out", "x.gif"), ("--dtype", "float3"), ("--cluster", "no")])
+def test_options_of_a_reshard_that_cannot_be_are_one_line_and_exit_code_2(extra, tmp_path):
+    done = shardpar("reshard", "[0]", "[9]", "--shape", "4", *extra, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1

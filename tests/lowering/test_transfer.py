@@ -88,6 +88,14 @@ def test_each_kind_of_communication_equals_numpy(kind):
         assert all(np.array_equal(held[d], expected[d]) for d in expected)
 
 
+def test_addends_that_move_to_another_axis_of_the_mesh_are_moved_not_added_up():
+    src, dst = L("[0,1,2,3]{partial:2, split0:2}"), L("[0,1,2,3]{split0:2, partial:2}")
+    value = np.arange(32, dtype=np.int32).reshape(8, 4)
+    resolved = fuse([Tensor(src, dst, value.shape, 4)])
+    (moved,) = Transfer(resolved, [value.dtype])([put(src, value, 3, jax.devices())])
+    assert np.array_equal(whole(dst, value.shape, held_by(moved, jax.devices())), value)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "bool", "int8", "complex64", "float16", "uint32"])
 def test_bits_arrive_as_they_left(dtype):
     bits = np.random.default_rng(0).integers(0, 2, (8, 8), dtype=np.int8)
