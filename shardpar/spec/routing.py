@@ -9,8 +9,9 @@ leaves free. Whole cells follow the flow; where a border falls inside a cell it 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,50 +184,65 @@ def _connected(keys: list[tuple[Port, ...]]) -> list[list[tuple[Port, ...]]]:
 def _least(
     classes: list[tuple[list[Port], float]], ports: _Ports
 ) -> tuple[float, set[int], list[dict[Port, float]]]:
-    """The least time for some connected classes, those that need it all, and a flow."""
+    """The least time for some connected classes, those that need it all, and a flow.
+
+    Sums are Python's, not NumPy's: every process of a run must come to the same senders,
+    whatever vectors its processor has.
+    """
     used = sorted({port for of_class, _ in classes for port in of_class})
-    speeds = np.array([ports.speed(port) for port in used])
-    weights = np.array([weight for _, weight in classes])
-    whole = weights.sum() / speeds.sum()
+    speeds = [ports.speed(port) for port in used]
+    weights = [weight for _, weight in classes]
+    whole = math.fsum(weights) / math.fsum(speeds)
     if len(classes) == 1:
         return whole, {0}, [{p: whole * s for p, s in zip(used, speeds, strict=True)}]
     number = {port: i for i, port in enumerate(used)}
     members = [[number[p] for p in of_class] for of_class, _ in classes]
-    least = max(whole, *(w / speeds[m].sum() for m, w in zip(members, weights, strict=True)))
-    tight = set(range(len(classes)))
+
+    def time_of(group: Iterable[int]) -> float:
+        """The time a group of classes takes if nobody else uses its ports."""
+        among = sorted(group)
+        cut = sorted({p for i in among for p in members[i]})
+        return math.fsum(weights[i] for i in among) / math.fsum(speeds[p] for p in cut)
+
+    tight = max(({i} for i in range(len(classes))), key=time_of)
+    least = time_of(tight)
+    if whole >= least:
+        tight, least = set(range(len(classes))), whole
     while True:
-        flow, reached = _flow(members, weights, speeds * least)
+        flow, reached = _flow(members, weights, [s * least for s in speeds])
         if not reached:
             break
         tight = reached
-        cut = sorted({p for i in reached for p in members[i]})
-        needed = weights[sorted(reached)].sum() / speeds[cut].sum()
-        if needed <= least * (1 + 1e-6):
+        if time_of(reached) <= least * (1 + 1e-6):
             break
-        least = needed
-    else_free = tight == set(range(len(classes)))
-    if not else_free:
+        least = time_of(reached)
+    taken = {p for i in tight for p in members[i]}
+    # Within the tolerance a small class may have been left without a port of its own.
+    tight |= {i for i, ps in enumerate(members) if taken.issuperset(ps)}
+    if len(tight) < len(classes):
         # Ports of the tight classes must serve them alone.
         inside = sorted(tight)
-        flow_inside, _ = _flow([members[i] for i in inside], weights[inside], speeds * least)
-        flow = [flow_inside[inside.index(i)] if i in tight else {} for i in range(len(classes))]
+        alone, _ = _flow(
+            [members[i] for i in inside], [weights[i] for i in inside], [s * least for s in speeds]
+        )
+        flow = [alone[inside.index(i)] if i in tight else {} for i in range(len(classes))]
     return least, tight, [{used[p]: amount for p, amount in of_class.items()} for of_class in flow]
 
 
 def _flow(
-    members: list[list[int]], weights: np.ndarray, capacities: np.ndarray
+    members: list[list[int]], weights: list[float], capacities: list[float]
 ) -> tuple[list[dict[int, float]], set[int]]:
     """A maximum flow from classes to ports; and the classes on the near side of its tightest cut.
 
     The set is empty where every class is served.
     """
-    unit = weights.sum() / _CAPACITY
+    unit = math.fsum(weights) / _CAPACITY
     n, m = len(members), len(capacities)
     source, sink = n + m, n + m + 1
-    supply = np.maximum(1, np.floor(weights / unit)).astype(np.int64)
+    supply = [max(1, math.floor(weight / unit)) for weight in weights]
     rows = [source] * n + [i for i, ps in enumerate(members) for _ in ps] + list(range(n, n + m))
     columns = list(range(n)) + [n + p for ps in members for p in ps] + [sink] * m
-    limits = np.ceil(capacities / unit).astype(np.int64) + n
+    limits = [math.ceil(capacity / unit) + n for capacity in capacities]
     data = [*supply, *(supply[i] for i, ps in enumerate(members) for _ in ps), *limits]
     clipped = np.minimum(data, 2**31 - 1).astype(np.int32)
     size = n + m + 2
@@ -236,9 +252,11 @@ def _flow(
     out: list[dict[int, float]] = []
     for i, ps in enumerate(members):
         amounts = {p: max(0.0, float(sent[i, n + p])) for p in ps}
-        total = sum(amounts.values()) or 1.0
-        out.append({p: a / total * float(weights[i]) for p, a in amounts.items() if a > 0})
-    if result.flow_value >= supply.sum():
+        if not any(amounts.values()):
+            amounts = dict.fromkeys(ps, 1.0)
+        total = sum(amounts.values())
+        out.append({p: a / total * weights[i] for p, a in amounts.items() if a > 0})
+    if result.flow_value >= sum(supply):
         return out, set()
     residual = csr_array(graph - sent)
     residual.data = np.where(residual.data > 0, 1, 0)
@@ -273,6 +291,3 @@ def _fill(
                 at += 1
                 left += quotas[ports[at]]
         shares[number][receiver] = given
-
-
-__all__ = ["Port", "Routing", "greedy", "route"]

@@ -90,7 +90,7 @@ def test_a_group_of_addends_that_will_have_another_part_of_the_array_is_added_up
     src = layout_from_text("[0,1]{partial:2} + [2]{} across split0(21,3)")
     dst = layout_from_text("[0,1]{split0:2} + [2]{} across split0(22,2)")
     resolved = reshard(src, dst, (24,), 4)
-    assert [c.kind for c in resolved.communications][0] == "all-reduce"
+    assert resolved.communications[0].kind == "all-reduce"
 
 
 def test_sums_that_are_copies_are_not_taken_for_sums_that_are_addends():
