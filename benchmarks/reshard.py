@@ -16,9 +16,9 @@ from collections import defaultdict
 import numpy as np
 
 from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
-from shardpar.spec.communications import Reshard, Tensor, fuse, reshard
 from shardpar.spec.layout import Group, Layout, Replicate, Split
 from shardpar.spec.layout_text import layout_from_text
+from shardpar.spec.reshard import Reshard, Tensor, fuse, reshard
 from shardpar.spec.routing import greedy
 
 SHAPE = (96, 96)

@@ -29,7 +29,7 @@ _HOME = {
     "layout_from_text": "shardpar.spec.layout_text",
     "local_cluster": "shardpar.lowering.devices",
     "place": "shardpar.lowering.union",
-    "reshard": "shardpar.spec.communications",
+    "reshard": "shardpar.spec.reshard",
     "trace": "shardpar.capture.trace",
     "transfer": "shardpar.lowering.transfer",
     "use_virtual_devices": "shardpar.lowering.devices",

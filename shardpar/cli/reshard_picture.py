@@ -12,10 +12,10 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from shardpar.cli.reshard_views import merged, slice_text
 from shardpar.cli.tables import byte_text
-from shardpar.spec.communications import Reshard, Stride
+from shardpar.spec.chain import meeting
 from shardpar.spec.exchange import Cell
 from shardpar.spec.layout import Layout, Spans
-from shardpar.spec.reshard import meeting
+from shardpar.spec.reshard import Reshard, Stride
 
 _PALETTE = (
     "#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bb5566", "#009988",
@@ -58,8 +58,11 @@ def picture(resolved: Reshard) -> Figure:
             weight="bold",
         )  # fmt: skip
         _arrows(axes, stride, resolved, left, rows)
+    if len(shape) > 2:
+        note = "a card shows dim 0 downwards, dim 1 across, and later dims inside it"
+        axes.text(0, min(rows.values()) - 0.15, note, fontsize=6, va="top", color="#555555")
     axes.set_xlim(-0.6, (columns - 1) * (_CARD + _BETWEEN) + _CARD + 0.3)
-    axes.set_ylim(min(rows.values()) - 0.3, _CARD + 1.8)
+    axes.set_ylim(min(rows.values()) - 0.5, _CARD + 1.8)
     axes.set_aspect("equal")
     return figure
 

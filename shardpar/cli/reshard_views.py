@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -13,11 +14,11 @@ from rich.text import Text
 
 from shardpar.cli.tables import byte_text, console, print_json
 from shardpar.errors import UserError
+from shardpar.spec.chain import meeting
 from shardpar.spec.cluster import Cluster
-from shardpar.spec.communications import Communication, Reshard, Stride, reshard
 from shardpar.spec.exchange import Cell
 from shardpar.spec.layout import Layout
-from shardpar.spec.reshard import meeting
+from shardpar.spec.reshard import Communication, Reshard, Stride, reshard
 
 _MOST_LINES = 24
 
@@ -147,8 +148,7 @@ def _collectives(stride: Stride, shape: tuple[int, ...]) -> dict[tuple[int, ...]
         pieces = {p.device: p for of_group in step.before.pieces(shape) for p in of_group}
         for c in stride.communications:
             for devices in c.groups:
-                spans = pieces[devices[0]].spans
-                found[devices].append(tuple((s[0][0], s[-1][1]) for s in spans))
+                found[devices] += itertools.product(*pieces[devices[0]].spans)
     return found
 
 

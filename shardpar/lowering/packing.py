@@ -70,7 +70,10 @@ def wire_dtype(dtype: Any) -> str:
     ('uint16', 'uint32', 'complex64')
     """
     kind = np.dtype(dtype)
-    return str(kind) if kind.kind == "c" else f"uint{8 * kind.itemsize}"
+    # Complex numbers and those of less than a byte have no unsigned integer of their width.
+    if kind.kind == "c" or kind.name.startswith(("int2", "int4", "uint2", "uint4", "float4")):
+        return str(kind)
+    return f"uint{8 * kind.itemsize}"
 
 
 def box_of(spans: tuple[Spans, ...], cell: Cell) -> Box:

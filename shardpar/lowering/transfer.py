@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -31,13 +31,13 @@ from shardpar.lowering.packing import (
 )
 from shardpar.lowering.rounds import exchange_round, rounds_of, sum_round
 from shardpar.lowering.shardings import axes_sharding
-from shardpar.lowering.union import UnionArray, from_buffers
+from shardpar.lowering.union import UnionArray, from_buffers, union_array
+from shardpar.spec.chain import Step, common_axes, meeting
 from shardpar.spec.cluster import Cluster
-from shardpar.spec.communications import Reshard, Stride, Tensor, fuse
 from shardpar.spec.exchange import Have, Want
 from shardpar.spec.layout import Entry, Group, Layout, Partial
 from shardpar.spec.mesh import GroupLayout
-from shardpar.spec.reshard import Step, common_axes, meeting
+from shardpar.spec.reshard import Reshard, Stride, Tensor, fuse
 
 Buffers = list[dict[int, jax.Array]]
 """The pieces on this process's devices: for each tensor, by device number."""
@@ -57,11 +57,12 @@ def transfer(
     """Reshards all arrays of a pytree, fused: one message per sender and receiver.
 
     Args:
-      tree: a pytree of `UnionArray`.
+      tree: a pytree of `UnionArray`, or of sharded `jax.Array`.
       layouts: a Layout for each, in a pytree of the same structure, or one for all.
       cluster: whose links decide who sends; None weighs all devices alike.
       devices: all devices of the cluster; None takes `jax.devices()`.
-      donate: the arrays are not needed any more; their memory is given back.
+      donate: the arrays are not needed any more: pieces that stay are handed on, and the
+        memory of the others is given back. Without, the result shares no memory with them.
 
     Raises:
       SpecError: a layout does not fit its array, or names a device that is not there.
@@ -74,17 +75,43 @@ def transfer(
       >>> moved["w"].arrays[0].tolist()
       [0, 1, 2, 3]
     """
-    arrays, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, UnionArray))
-    if isinstance(layouts, Layout):
-        wanted = [layouts] * len(arrays)
-    else:
-        wanted = structure.flatten_up_to(layouts)
+    leaves, structure = jax.tree.flatten(tree, is_leaf=lambda x: isinstance(x, UnionArray))
+    arrays = [_as_union(leaf, devices) for leaf in leaves]
+    wanted = _wanted(layouts, structure, len(arrays))
     tensors = [
         Tensor(a.layout, to, a.shape, np.dtype(a.dtype).itemsize)
         for a, to in zip(arrays, wanted, strict=True)
     ]
     program = Transfer(fuse(tensors, cluster), [a.dtype for a in arrays], devices)
     return structure.unflatten(program(arrays, donate=donate))
+
+
+def _as_union(leaf: Any, devices: Sequence[jax.Device] | None) -> UnionArray:
+    if isinstance(leaf, UnionArray):
+        return leaf
+    if isinstance(leaf, jax.Array):
+        return union_array(leaf, devices)
+    raise SpecError(
+        f"a leaf to transfer is a {type(leaf).__name__}; give arrays on devices, as `place` makes"
+    )
+
+
+def _wanted(layouts: Any, structure: Any, count: int) -> list[Layout]:
+    if isinstance(layouts, Layout):
+        return [layouts] * count
+    try:
+        wanted = structure.flatten_up_to(layouts)
+    except ValueError as error:
+        raise SpecError(
+            f"the layouts are not a tree like the arrays': {str(error).splitlines()[0]}"
+        ) from None
+    for layout in wanted:
+        if not isinstance(layout, Layout):
+            raise SpecError(
+                f"a layout to transfer to is a {type(layout).__name__}; give a Layout, which "
+                "`layout_from_text` makes"
+            )
+    return wanted
 
 
 class Transfer:
@@ -101,7 +128,7 @@ class Transfer:
         """Checks that the devices are there.
 
         Args:
-          resolved: from `spec.communications`.
+          resolved: from `spec.reshard`.
           dtypes: one for each of its tensors.
           devices: all devices of the cluster; None takes `jax.devices()`.
 
@@ -110,6 +137,11 @@ class Transfer:
         """
         self.resolved, self.dtypes = resolved, [np.dtype(d) for d in dtypes]
         self.devices = tuple(jax.devices() if devices is None else devices)
+        if [d.itemsize for d in self.dtypes] != [t.itemsize for t in resolved.tensors]:
+            raise SpecError(
+                f"the dtypes {[str(d) for d in self.dtypes]} are not those of the reshard, whose "
+                f"elements have {[t.itemsize for t in resolved.tensors]} bytes"
+            )
         self._phases: list[list[_Action]] | None = None
         for tensor in resolved.tensors:
             missing = [
@@ -133,7 +165,13 @@ class Transfer:
         Raises:
           SpecError: an array is not in the layout this was made for.
         """
-        for array, tensor in zip(arrays, self.resolved.tensors, strict=True):
+        if len(arrays) != len(self.resolved.tensors):
+            raise SpecError(
+                f"there are {len(arrays)} arrays; this transfer is for {len(self.dtypes)}"
+            )
+        for array, tensor, dtype in zip(arrays, self.resolved.tensors, self.dtypes, strict=True):
+            if array.dtype != dtype:
+                raise SpecError(f"an array is {array.dtype}; this transfer is for {dtype}")
             if array.layout != tensor.src or tuple(array.shape) != tensor.shape:
                 raise SpecError(
                     f"an array of shape {array.shape} is in layout {array.layout}; this transfer "
@@ -141,17 +179,35 @@ class Transfer:
                 )
         if self._phases is None:
             self._phases = self._prepared()
-        buffers = [array.buffers(self.devices) for array in arrays]
+        # A tied array comes more than once and is one array all the same.
+        held = {id(array): array.buffers(self.devices) for array in arrays}
+        buffers = [dict(held[id(array)]) for array in arrays]
         for phase in self._phases:
             for action in phase:
                 action.run(buffers)
+        if not donate:
+            self._copy_what_stays(held.values(), buffers)
         made = tuple(
             from_buffers(buffers[i], tensor.dst, tensor.shape, self.dtypes[i], self.devices)
             for i, tensor in enumerate(self.resolved.tensors)
         )
         if donate:
-            _give_back(arrays, made)
+            _give_back({id(array): array for array in arrays}, held, buffers)
         return made
+
+    def _copy_what_stays(
+        self, sources: Iterable[Mapping[int, jax.Array]], buffers: Buffers
+    ) -> None:
+        """Gives the result memory of its own: whoever donates one must not lose the other."""
+        shared = {id(piece) for of_array in sources for piece in of_array.values()}
+        stays = [(i, d) for i, of in enumerate(buffers) for d, b in of.items() if id(b) in shared]
+        copies = jax.device_put(
+            [buffers[i][d] for i, d in stays],
+            [self.devices[d] for _, d in stays],
+            may_alias=False,
+        )
+        for (i, device), copy in zip(stays, copies, strict=True):
+            buffers[i] = {**buffers[i], device: copy}
 
     def _prepared(self) -> list[list[_Action]]:
         phases = []
@@ -491,16 +547,15 @@ def _apart(members: Any, key: Any) -> list[list[Any]]:
     return list(out.values())
 
 
-def _give_back(arrays: Sequence[UnionArray], kept: Sequence[UnionArray]) -> None:
-    """Deletes the buffers of `arrays` that no array of `kept` uses too."""
-    used = {
-        shard.data.unsafe_buffer_pointer()
-        for union in kept
-        for array in union.arrays
-        for shard in array.addressable_shards
-    }
-    for union in arrays:
-        for array in union.arrays:
-            shards = array.addressable_shards
-            if not any(shard.data.unsafe_buffer_pointer() in used for shard in shards):
+def _give_back(
+    arrays: Mapping[int, UnionArray], held: Mapping[int, Mapping[int, jax.Array]], after: Buffers
+) -> None:
+    """Deletes the pieces of the source that the result does not use."""
+    used = {id(piece) for of_array in after for piece in of_array.values()}
+    for number, union in arrays.items():
+        free = [piece for piece in held[number].values() if id(piece) not in used]
+        if len(free) == len(held[number]):
+            for array in union.arrays:
                 array.delete()
+        for piece in free:
+            piece.delete()

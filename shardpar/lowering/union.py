@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from shardpar.errors import SpecError
 from shardpar.lowering.shardings import group_of, group_sharding
-from shardpar.spec.layout import Layout, Piece, Spans
+from shardpar.spec.layout import Group, Layout, Piece, Spans
 
 Shape = tuple[int, ...]
 
@@ -40,23 +41,35 @@ class UnionArray:
     def buffers(self, devices: Sequence[jax.Device]) -> dict[int, jax.Array]:
         """The pieces that this process can reach, by device number."""
         number = {device: i for i, device in enumerate(devices)}
-        return {
-            number[shard.device]: shard.data
-            for array in self.arrays
-            for shard in array.addressable_shards
-        }
+        shards = [shard for array in self.arrays for shard in array.addressable_shards]
+        held = {number.get(shard.device, -1): shard.data for shard in shards}
+        wanted = {d for d in self.layout.devices if d < len(devices)}
+        if not held.keys() <= wanted:
+            raise SpecError(
+                f"an array in layout {self.layout} is not on those devices; give the devices in "
+                "the order in which it was placed"
+            )
+        return held
 
 
 def union_array(array: jax.Array, devices: Sequence[jax.Device] | None = None) -> UnionArray:
     """A sharded jax.Array as a union of one group.
 
     Raises:
-      SpecError: its devices are not among `devices`.
+      SpecError: its devices are not among `devices`, or its sharding has no mesh.
     """
     here = jax.devices() if devices is None else devices
-    group = group_of(array.sharding, here)
-    layout = Layout((group,))
     number = {device: i for i, device in enumerate(here)}
+    sharding = array.sharding
+    if isinstance(sharding, NamedSharding):
+        group = group_of(sharding, here)
+    elif len(sharding.device_set) == 1 and next(iter(sharding.device_set)) in number:
+        group = Group((number[next(iter(sharding.device_set))],))
+    else:
+        raise SpecError(
+            f"the array's sharding is {sharding}; put it on a mesh with a NamedSharding first"
+        )
+    layout = Layout((group,))
     buffers = {number[s.device]: s.data for s in array.addressable_shards}
     return from_buffers(buffers, layout, array.shape, array.dtype, here)
 
@@ -106,7 +119,15 @@ def place(value: Any, layout: Layout, devices: Sequence[jax.Device] | None = Non
     ((4,), (4,))
     """
     here = jax.devices() if devices is None else devices
-    value = np.asarray(value, jax.dtypes.canonicalize_dtype(np.asarray(value).dtype))
+    try:
+        value = np.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"this cannot be placed on devices: {error}; give an array") from None
+    if value.dtype.kind in "OUSMm":
+        raise SpecError(
+            f"this cannot be placed on devices: its elements are {value.dtype}; give numbers"
+        )
+    value = value.astype(jax.dtypes.canonicalize_dtype(value.dtype), copy=False)
     missing = [d for d in layout.devices if d >= len(here)]
     if missing:
         raise SpecError(

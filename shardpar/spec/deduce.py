@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from shardpar.errors import SpecError
+from shardpar.spec.chain import common_axes
 from shardpar.spec.layout import (
     Across,
     Entry,
@@ -28,7 +29,6 @@ from shardpar.spec.layout import (
     Split,
     SplitAcross,
 )
-from shardpar.spec.reshard import common_axes
 
 Shape = tuple[int, ...]
 
@@ -67,6 +67,36 @@ class _ClashError(Exception):
 
 
 Rule = Callable[[tuple[Role, ...]], Role]
+
+
+def _require_dims(name: str, dims: Sequence[int], rank: int | None = None) -> None:
+    """Refuses dims that are negative, named twice, or not there."""
+    for dim in dims:
+        if dim < 0 or (rank is not None and dim >= rank):
+            there = "counted from 0" if rank is None else f"0 to {rank - 1}"
+            raise SpecError(f"{name}: dim {dim} of {list(dims)}: dims are {there}")
+    if len(set(dims)) != len(dims):
+        raise SpecError(f"{name}: a dim is named twice in {list(dims)}; name each once")
+
+
+def _require_fit(name: str, *arrays: tuple[Layout, Shape]) -> None:
+    """Refuses layouts that do not fit their arrays."""
+    for layout, shape in arrays:
+        try:
+            layout.pieces(tuple(shape))
+        except SpecError as error:
+            raise SpecError(f"{name} of {layout}: {error}") from None
+
+
+def _require_rank(name: str, layout: Layout, rank: int) -> None:
+    split = {e.dim for g in layout.groups for e in g.entries if isinstance(e, Split)}
+    if isinstance(layout.across, SplitAcross):
+        split.add(layout.across.dim)
+    if max(split, default=-1) >= rank:
+        raise SpecError(
+            f"{name} of {layout}: it splits dim {max(split)}, but the array has {rank} dims, "
+            "counted from 0"
+        )
 
 
 def unary(x: Layout, *, linear: bool = False) -> Layout:
@@ -115,6 +145,10 @@ def _binary(
 ) -> Layout:
     rank = max(len(a_shape), len(b_shape))
     shapes = (a_shape, b_shape)
+    _require_fit(name, (a, a_shape), (b, b_shape))
+    for x, y in zip(reversed(a_shape), reversed(b_shape), strict=False):
+        if x != y and 1 not in (x, y):
+            raise SpecError(f"{name}: shapes {a_shape} and {b_shape} do not broadcast together")
     shifts = [rank - len(shape) for shape in shapes]
 
     def is_whole(side: int, dim: int) -> bool:
@@ -176,6 +210,12 @@ def dot(a: Layout, b: Layout, a_rank: int, b_rank: int, dims: DotDims) -> Layout
     [0,1]{partial:2}
     """
     (a_sum, b_sum), (a_batch, b_batch) = dims
+    _require_dims("dot", [*a_sum, *a_batch], a_rank)
+    _require_dims("dot", [*b_sum, *b_batch], b_rank)
+    if len(a_sum) != len(b_sum) or len(a_batch) != len(b_batch):
+        raise SpecError(f"dot: {dims} names unequally many dims of its two inputs")
+    _require_rank("dot", a, a_rank)
+    _require_rank("dot", b, b_rank)
     a_free = [d for d in range(a_rank) if d not in (*a_sum, *a_batch)]
     b_free = [d for d in range(b_rank) if d not in (*b_sum, *b_batch)]
 
@@ -302,6 +342,7 @@ def reduce_sum(x: Layout, dims: Sequence[int]) -> Layout:
     >>> print(reduce_sum(layout_from_text("[0,1,2,3]{split0:2, split1:2}"), (0,)))
     [0,1,2,3]{partial:2, split0:2}
     """
+    _require_dims("reduce_sum", dims)
 
     def rule(roles: tuple[Role, ...]) -> Role:
         role = roles[0]
@@ -337,6 +378,8 @@ def normalise(x: Layout, dims: Sequence[int]) -> Layout:
 
 
 def _whole(name: str, x: Layout, dims: Sequence[int]) -> Layout:
+    _require_dims(name, dims)
+
     def rule(roles: tuple[Role, ...]) -> Role:
         if isinstance(roles[0], Addends):
             raise _ClashError("a function that is not linear cannot take addends", (0, Copies()))
@@ -349,6 +392,8 @@ def _whole(name: str, x: Layout, dims: Sequence[int]) -> Layout:
 
 def transpose(x: Layout, order: Sequence[int]) -> Layout:
     """Dims in another order: dim i of the result is dim `order[i]` of x."""
+    _require_dims("transpose", order, len(order))
+    _require_rank("transpose", x, len(order))
 
     def rule(roles: tuple[Role, ...]) -> Role:
         role = roles[0]
@@ -359,6 +404,8 @@ def transpose(x: Layout, order: Sequence[int]) -> Layout:
 
 def broadcast(x: Layout, dims: Sequence[int]) -> Layout:
     """New dims: dim i of x becomes dim `dims[i]` of the result. The gradient of `reduce_sum`."""
+    _require_dims("broadcast", dims)
+    _require_rank("broadcast", x, len(dims))
 
     def rule(roles: tuple[Role, ...]) -> Role:
         role = roles[0]
@@ -395,6 +442,10 @@ def concatenate(parts: Sequence[Layout], dim: int) -> Layout:
 
 
 def _untouched(name: str, parts: list[Layout], dims: Sequence[int]) -> Layout:
+    _require_dims(name, dims)
+    if not parts:
+        raise SpecError(f"{name}: there are no arrays; give at least one")
+
     def rule(roles: tuple[Role, ...]) -> Role:
         for i, role in enumerate(roles):
             if isinstance(role, Along) and role.dim in dims:
@@ -421,6 +472,7 @@ def reshape(x: Layout, old: Shape, new: Shape) -> Layout:
             f"reshape: {old} has {math.prod(old)} elements and {new} has {math.prod(new)}; "
             "they must be equal"
         )
+    _require_fit("reshape", (x, old))
     homes = _homes(old, new)
 
     def rule(roles: tuple[Role, ...]) -> Role:
@@ -435,11 +487,6 @@ def reshape(x: Layout, old: Shape, new: Shape) -> Layout:
         return Along(home)
 
     out = _lift("reshape", [x], rule)
-    for group in out.groups:
-        for dim, size in enumerate(new):
-            parts = group.parts_of(dim)
-            if size % parts:
-                raise _error("reshape", [x], f"dim {dim} of {new} is not divisible by {parts}", ())
     if isinstance(out.across, SplitAcross) and isinstance(x.across, SplitAcross):
         size, now = old[x.across.dim], new[out.across.dim]
         if any(block.extent * now % size for block in out.across.blocks):
@@ -448,6 +495,10 @@ def reshape(x: Layout, old: Shape, new: Shape) -> Layout:
             replace(block, extent=block.extent * now // size) for block in out.across.blocks
         )
         out = replace(out, across=replace(out.across, blocks=blocks))
+    try:
+        out.pieces(new)
+    except SpecError as error:
+        raise _error("reshape", [x], f"a split does not survive: {error}", ()) from None
     return out
 
 
@@ -593,7 +644,10 @@ def _with_entry(
 
 
 def _with_across(inputs: list[Layout], i: int, role: Role) -> str:
-    splits = [x.across for x in inputs if isinstance(x.across, SplitAcross)]
+    # The blocks to take over are those of the input that this one shall fit.
+    splits = [
+        x.across for j, x in enumerate(inputs) if j != i and isinstance(x.across, SplitAcross)
+    ]
     if isinstance(role, Along) and splits:
         across: Across = SplitAcross(role.dim, splits[0].blocks)
     else:

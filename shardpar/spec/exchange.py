@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardpar.spec.layout import Span, Spans
@@ -131,32 +131,55 @@ class Move:
         return math.prod(stop - start for start, stop in self.cell)
 
 
-def moves_of(demand: Demand, shares: Mapping[int, Sequence[tuple[int, float]]]) -> list[Move]:
+def moves_of(demand: Demand, shares: Mapping[int, Sequence[tuple[int, int]]]) -> list[Move]:
     """The moves that meet a demand.
 
     Args:
       demand: the cell and its receivers.
-      shares: for each receiver, (sender, share of the cell) pairs that add up to 1; a cell
-        is cut along its longest dim where it has several senders.
+      shares: for each receiver, (sender, elements) pairs that add up to the cell's; a cell that
+        has several senders is cut, along its longest dim first.
     """
     out = []
     for receiver in demand.receivers:
-        given = shares[receiver]
-        dim = max(
-            range(len(demand.cell)),
-            key=lambda d: demand.cell[d][1] - demand.cell[d][0],
-            default=None,
-        )
-        if len(given) == 1 or dim is None:
-            out.append(Move(given[0][0], receiver, demand.cell, demand.label))
-            continue
-        start, stop = demand.cell[dim]
-        done, at = 0.0, start
-        for sender, share in given:
-            done += share
-            until = stop if sender == given[-1][0] else start + round(done * (stop - start))
-            if until > at:
-                part = (*demand.cell[:dim], (at, until), *demand.cell[dim + 1 :])
+        done = 0
+        for sender, elements in shares[receiver]:
+            for part in portion(demand.cell, done, done + elements):
                 out.append(Move(sender, receiver, part, demand.label))
-                at = until
+            done += elements
     return out
+
+
+def portion(cell: Cell, start: int, stop: int) -> Iterator[Cell]:
+    """Boxes that are some consecutive elements of a cell, its longest dim counted first.
+
+    >>> list(portion(((0, 4), (0, 2)), 0, 3))
+    [((0, 1), (0, 2)), ((1, 2), (0, 1))]
+    """
+    order = sorted(range(len(cell)), key=lambda d: cell[d][0] - cell[d][1])
+    yield from _portion(cell, order, start, stop)
+
+
+def _portion(cell: Cell, order: Sequence[int], start: int, stop: int) -> Iterator[Cell]:
+    if start >= stop:
+        return
+    if stop - start == math.prod(b - a for a, b in cell):
+        yield cell
+        return
+    dim, rest = order[0], order[1:]
+    low = cell[dim][0]
+    each = math.prod(cell[d][1] - cell[d][0] for d in rest)
+
+    def row(first: int, last: int) -> Cell:
+        return (*cell[:dim], (low + first, low + last), *cell[dim + 1 :])
+
+    first, last = -(-start // each), stop // each
+    if first > last:
+        index = start // each
+        yield from _portion(row(index, index + 1), rest, start - index * each, stop - index * each)
+        return
+    if start < first * each:
+        yield from _portion(row(first - 1, first), rest, start - (first - 1) * each, each)
+    if first < last:
+        yield row(first, last)
+    if last * each < stop:
+        yield from _portion(row(last, last + 1), rest, 0, stop - last * each)

@@ -28,7 +28,10 @@ _CAPACITY = 2**30
 _SMALL = 4096
 """With so few slices the reference's greedy is tried too, as cells cannot be cut at will."""
 
-Shares = dict[int, list[tuple[int, float]]]
+_FINE = 64
+"""A cell is cut in so many grains at least, if it has the elements."""
+
+Shares = dict[int, list[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Routing:
     """How some demands are met.
 
     Attributes:
-      shares: for each demand, by receiver, (sender, share of the cell) pairs.
+      shares: for each demand, by receiver, (sender, elements of the cell) pairs.
       load_s: seconds each port is busy; bytes where there is no cluster.
       bound_s: the least that the busiest port could have had.
     """
@@ -71,7 +74,7 @@ def route(
 
     >>> demand = Demand(((0, 8),), 0, (0, 1), (2,))
     >>> route([demand], [64.0]).shares
-    ({2: [(0, 0.5), (1, 0.5)]},)
+    ({2: [(0, 4), (1, 4)]},)
     """
     ports = _Ports(cluster)
     classes: dict[tuple[Port, ...], list[tuple[int, int]]] = defaultdict(list)
@@ -104,7 +107,7 @@ def greedy(
         for receiver in demand.receivers:
             port = min(ports.candidates(demand.owners, receiver), key=lambda p: (load[p], p))
             load[port] += num_bytes[number] / ports.speed(port)
-            shares[number][receiver] = [(port[0], 1.0)]
+            shares[number][receiver] = [(port[0], demand.size)]
     return Routing(tuple(shares), dict(load), max(load.values(), default=0.0))
 
 
@@ -141,9 +144,9 @@ def _loads(
     load: dict[Port, float] = defaultdict(float)
     for demand, of_demand, size in zip(wanted, shares, num_bytes, strict=True):
         for receiver in demand.receivers:
-            for sender, share in of_demand[receiver]:
+            for sender, elements in of_demand[receiver]:
                 port = ports.port(sender, receiver)
-                load[port] += share * size / ports.speed(port)
+                load[port] += elements / demand.size * size / ports.speed(port)
     return dict(load)
 
 
@@ -276,18 +279,29 @@ def _fill(
     ports = [port for port, amount in quotas.items() if amount > 0]
     at, left = 0, quotas[ports[0]]
     for number, receiver in members:
-        size, cell = num_bytes[number], wanted[number].cell
-        rows = max((stop - start for start, stop in cell), default=1)
-        given: list[tuple[int, float]] = []
-        open_rows = rows
-        while open_rows:
-            fits = open_rows if at == len(ports) - 1 else round(left / size * rows)
-            taken = min(open_rows, max(0, fits))
+        elements, grain = wanted[number].size, _grain(wanted[number])
+        each = num_bytes[number] / elements
+        given: list[tuple[int, int]] = []
+        waiting = elements
+        while waiting:
+            fits = waiting if at == len(ports) - 1 else round(left / each / grain) * grain
+            taken = min(waiting, max(0, fits))
             if taken:
-                given.append((ports[at][0], taken / rows))
-                left -= taken / rows * size
-                open_rows -= taken
-            if open_rows:
+                given.append((ports[at][0], taken))
+                left -= taken * each
+                waiting -= taken
+            if waiting:
                 at += 1
                 left += quotas[ports[at]]
         shares[number][receiver] = given
+
+
+def _grain(demand: Demand) -> int:
+    """Elements that are not cut apart: whole rows where there are many, to make few slices."""
+    sizes = sorted((stop - start for start, stop in demand.cell), reverse=True)
+    grains, grain = 1, demand.size
+    for size in sizes:
+        if grains >= _FINE:
+            break
+        grains, grain = grains * size, grain // size
+    return grain

@@ -20,8 +20,8 @@ import numpy as np
 from shardpar.lowering.devices import use_virtual_devices
 from shardpar.lowering.transfer import Transfer
 from shardpar.lowering.union import UnionArray, from_buffers
-from shardpar.spec.communications import Reshard, Tensor, fuse
 from shardpar.spec.layout import Layout
+from shardpar.spec.reshard import Reshard, Tensor, fuse
 from tests.lowering.layouts import held_by, numpy_pieces, random_pair, whole
 
 

@@ -17,8 +17,8 @@ import pytest
 from shardpar.errors import SpecError
 from shardpar.lowering.transfer import Transfer, transfer
 from shardpar.lowering.union import place, union_array
-from shardpar.spec.communications import Kind, Tensor, fuse
 from shardpar.spec.layout_text import layout_from_text
+from shardpar.spec.reshard import Kind, Tensor, fuse
 from tests.lowering.layouts import held_by, numpy_pieces, whole
 from tests.lowering.random_pairs import put
 
@@ -143,6 +143,76 @@ def test_donated_arrays_are_gone_and_what_stayed_in_place_is_not():
     assert np.array_equal(stays.arrays[0], np.arange(8))
     grown = transfer(stays, L("[2,3]{split0:2} + [4] across dup"), donate=True)
     assert np.array_equal(grown.arrays[0], np.arange(8))
+
+
+def test_tied_arrays_can_be_donated_together():
+    tied = place(np.arange(8), L("[0,1]{split0:2}"))
+    moved = transfer({"a": tied, "b": tied}, L("[2] + [3] across dup"), donate=True)
+    for name in "ab":
+        assert np.array_equal(moved[name].arrays[1], np.arange(8))
+
+
+@pytest.mark.parametrize("dst", ["[0,1]{dup:2}", "[0,1,2]{dup:3}"])
+def test_without_donation_the_result_outlives_its_source_and_the_other_way_round(dst):
+    source = place(np.arange(8), L("[0,1]{dup:2}"))
+    consume = jax.jit(lambda a: a + 1, donate_argnums=0)
+    first, second = transfer(source, L(dst)), transfer(source, L(dst))
+    consume(first.arrays[0])
+    assert np.array_equal(source.arrays[0], np.arange(8))
+    consume(source.arrays[0])
+    assert np.array_equal(second.arrays[0], np.arange(8))
+
+
+@pytest.mark.parametrize("dtype", ["int4", "uint4", "float8_e4m3fn"])
+def test_numbers_of_a_byte_and_less_move_packed_and_alone(dtype):
+    value = np.asarray(jnp.arange(16, dtype=jnp.float32).reshape(4, 4) % 7).astype(jnp.dtype(dtype))
+    tree = {"a": place(value, L("[0,1]{split0:2}")), "b": place(value, L("[0,1]{split0:2}"))}
+    moved = transfer(tree, L("[2,3]{split1:2} + [4] across dup"))
+    for union in moved.values():
+        assert np.array_equal(np.asarray(union.arrays[1], np.float32), value.astype(np.float32))
+
+
+def test_plain_jax_arrays_are_taken_as_they_are():
+    moved = transfer(jnp.arange(6), L("[3,4]{split0:2}"))
+    assert np.array_equal(moved.arrays[0], np.arange(6))
+
+
+MISUSES = {
+    "numpy leaf": (lambda: transfer(np.ones(3), L("[0]")), "a leaf to transfer is a ndarray"),
+    "text": (lambda: transfer(jnp.ones(3), "[0]"), "a layout to transfer to is a str"),
+    "other tree": (
+        lambda: transfer({"a": jnp.ones(3)}, {"b": L("[0]")}),
+        "the layouts are not a tree like the arrays'",
+    ),
+    "other dtype": (
+        lambda: Transfer(fuse([Tensor(L("[0]"), L("[1]"), (3,), 4)]), [np.int32])(
+            [union_array(jnp.ones(3))]
+        ),
+        "an array is float32; this transfer is for int32",
+    ),
+    "other width": (
+        lambda: Transfer(fuse([Tensor(L("[0]"), L("[1]"), (3,), 2)]), [np.int32]),
+        "the dtypes ['int32'] are not those of the reshard, whose elements have [2] bytes",
+    ),
+    "too few": (
+        lambda: Transfer(fuse([Tensor(L("[0]"), L("[1]"), (3,), 4)]), [np.int32])([]),
+        "there are 0 arrays; this transfer is for 1",
+    ),
+    "no array": (lambda: place([None], L("[0]")), "this cannot be placed on devices"),
+    "other order of devices": (
+        lambda: place(np.ones(3), L("[0]")).buffers(jax.devices()[1:]),
+        "give the devices in the order in which it was placed",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISUSES)
+def test_misuse_is_a_spec_error_of_one_line(case):
+    run, message = MISUSES[case]
+    with pytest.raises(SpecError) as error:
+        run()
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_no_piece_is_bigger_than_a_layout_says(monkeypatch):

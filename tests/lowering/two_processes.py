@@ -14,8 +14,8 @@ import numpy as np
 
 from shardpar.lowering.devices import use_virtual_devices
 from shardpar.lowering.transfer import Transfer
-from shardpar.spec.communications import Tensor, fuse
 from shardpar.spec.layout import Layout
+from shardpar.spec.reshard import Tensor, fuse
 from tests.lowering.layouts import random_pair
 from tests.lowering.random_pairs import put
 

@@ -413,6 +413,51 @@ MENDS = {
 }
 
 
+S1 = "[0,1]{split1:2}"
+MISUSES = {
+    "negative dim to reduce": lambda: deduce.reduce_sum(L(S1), (-1,)),
+    "dim to reduce twice": lambda: deduce.reduce_sum(L(S1), (0, 0)),
+    "negative dim of a softmax": lambda: deduce.normalise(L(S1), (-1,)),
+    "negative dim to slice": lambda: deduce.slice_(L(S1), (-1,)),
+    "nothing to concatenate": lambda: deduce.concatenate([], 0),
+    "order that is none": lambda: deduce.transpose(L(S1), (0, 0)),
+    "order that is too short": lambda: deduce.transpose(L(S1), (0,)),
+    "broadcast of too few dims": lambda: deduce.broadcast(L(S1), (0,)),
+    "broadcast into one dim twice": lambda: deduce.broadcast(L(S1), (0, 0)),
+    "unequally many contracted": lambda: deduce.dot(L(S1), L(S1), 2, 2, (((1,), ()), ((), ()))),
+    "contracted dim that is not there": lambda: deduce.dot(
+        L(S1), L(S1), 2, 2, (((2,), (0,)), ((), ()))
+    ),
+    "rank too small": lambda: deduce.dot(L(S1), L("[0,1]{dup:2}"), 1, 1, (((0,), (0,)), ((), ()))),
+    "shapes that do not broadcast": lambda: deduce.add(
+        L("[0,1]{dup:2}"), L("[0,1]{dup:2}"), (8,), (6,)
+    ),
+    "split of one index": lambda: deduce.add(L("[0,1]{dup:2}"), L("[0,1]{split0:2}"), (8, 1), (1,)),
+    "reshape of another rank": lambda: deduce.reshape(L("[0,1]{split3:2}"), (4, 4), (16,)),
+    "reshape without elements": lambda: deduce.reshape(L("[0]"), (0, 2), (0, 5)),
+    "reshape that cuts a row apart": lambda: deduce.reshape(
+        L("[0,1,2,3]{split0:4}+[4] across split0(12,4)"), (16,), (8, 2)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISUSES)
+def test_dims_that_cannot_be_are_spec_errors(case):
+    with pytest.raises(SpecError):
+        MISUSES[case]()
+
+
+def test_a_reshape_is_judged_by_each_groups_own_part():
+    out = deduce.reshape(L("[0,1,2]{split0:3}+[4] across split0(6,2)"), (8,), (4, 2))
+    assert str(out) == "[0,1,2]{split0:3} + [4]{} across split0(3,1)"
+
+
+def test_the_mend_across_groups_takes_the_other_inputs_extents():
+    with pytest.raises(SpecError) as error:
+        deduce.dot(L("[0]+[1] across split0(5,3)"), L("[0]+[1] across split0(3,1)"), 2, 2, MATMUL)
+    assert "reshard input 0 to [0]{} + [1]{} across split1(3,1) first" in str(error.value)
+
+
 @pytest.mark.parametrize("case", MENDS)
 def test_inputs_that_do_not_fit_name_the_reshard_that_mends_it(case):
     run, message = MENDS[case]
