@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import statistics
 import time
 from collections import defaultdict
@@ -75,9 +76,12 @@ def measure_bytes() -> None:
     for cluster in (None, machines(2, 4)):
         for src, dst in itertools.permutations(layouts, 2):
             resolved = reshard(src, dst, SHAPE, 4, cluster)
-            kind = "addends" if src.terms > 1 else "pure moves"
+            kind = "pure moves" if src.terms == 1 else "addends to a whole"
             bound = resolved.lower_bound_bytes
             ratio = resolved.total_bytes / bound if bound else 1.0
+            if dst.terms > 1:
+                # Its addends may be anything that adds up: there is no bound to compare with.
+                kind, ratio = "to addends", math.nan
             least, busy = resolved.busiest_bound_s, resolved.busiest_s
             link = busy / least if least else 1.0
             simple = by_greedy(resolved, 4, cluster)

@@ -162,11 +162,15 @@ def chain(src: Layout, dst: Layout, shape: Shape) -> tuple[Step, ...]:
     return _best(_chains(src, dst, shape), shape)
 
 
+_MOST_UNEVEN = 1.5
+"""How much more the busiest device may receive for the sake of fewer bytes in all."""
+
+
 def _best(chains: Iterable[tuple[Step, ...]], shape: Shape) -> tuple[Step, ...]:
     """The chain in which the fewest elements cross, then with fewest steps, then best spread.
 
     Adding up where the sum is wanted puts the work on few devices: such a chain must save
-    elements, and no device may receive more than in the best of the others.
+    elements, and no device may receive much more than in the best of the others.
     """
     found = [(*_cost(steps, shape), steps) for steps in chains]
 
@@ -175,7 +179,8 @@ def _best(chains: Iterable[tuple[Step, ...]], shape: Shape) -> tuple[Step, ...]:
 
     spread = [one for one in found if not one[2]]
     best = min(spread or found, key=key)
-    lumped = [one for one in found if one[2] and one[0] < best[0] and one[1] <= best[1]]
+    most = _MOST_UNEVEN * best[1]
+    lumped = [one for one in found if one[2] and one[0] < best[0] and one[1] <= most]
     return min([best, *lumped], key=key)[3]
 
 
