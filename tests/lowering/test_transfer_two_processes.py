@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shardpar.spec.reshard import Reshard, reshard
 from tests.lowering.layouts import whole
 from tests.lowering.two_processes import case
 
@@ -40,6 +41,15 @@ def run_both(folder: Path, first: int, count: int) -> None:
     assert [process.returncode for process in both] == [0, 0], "\n".join(s[-3000:] for s in said)
 
 
+def spans_both(resolved: Reshard) -> bool:
+    """Whether some communication has devices of both processes."""
+    return any(
+        {d // 4 for d in group} == {0, 1} and c.num_bytes
+        for c in resolved.communications
+        for group in c.groups
+    )
+
+
 @pytest.mark.slow
 def test_random_pairs_over_two_processes_equal_numpy_bit_for_bit(tmp_path):
     first, count = 5000, 40
@@ -47,7 +57,7 @@ def test_random_pairs_over_two_processes_equal_numpy_bit_for_bit(tmp_path):
     crossed = 0
     for seed in range(first, first + count):
         src, dst, values = case(seed)
-        crossed += {d // 4 for d in src.devices} != {d // 4 for d in dst.devices}
+        crossed += spans_both(reshard(src, dst, values[0].shape, 4))
         held: list[dict[int, np.ndarray]] = [{}, {}]
         for process in (0, 1):
             for name, piece in np.load(tmp_path / f"{seed}-{process}.npz").items():
@@ -58,4 +68,4 @@ def test_random_pairs_over_two_processes_equal_numpy_bit_for_bit(tmp_path):
             got = whole(dst, value.shape, pieces)
             assert got.dtype == value.dtype
             assert np.array_equal(got, value), (seed, str(src), str(dst))
-    assert crossed > 5
+    assert crossed > count // 3, "too few pairs need both processes"
