@@ -18,10 +18,10 @@ from functools import lru_cache
 from typing import Literal
 
 from shardpar.errors import SpecError
+from shardpar.spec.axes import along, reduces_to, reductions, ring_all_reduce
 from shardpar.spec.exchange import Cell, Demand, Have, Want, cells, demands, grid
 from shardpar.spec.layout import (
     Block,
-    Entry,
     Group,
     Layout,
     Partial,
@@ -65,15 +65,17 @@ class Step:
         """What each device has before, group by group."""
         return [
             [Have(p.device, label, p.spans) for p, label in zip(pieces, labels, strict=True)]
-            for pieces, labels in zip(self.before.pieces(shape), _labels(self.before), strict=True)
+            for pieces, labels in zip(
+                self.before.pieces(shape), labels_of(self.before), strict=True
+            )
         ]
 
     def want(self, shape: Shape) -> list[list[Want]]:
         """What each device shall have after, group by group."""
-        before, out = _labels(self.before), []
+        before, out = labels_of(self.before), []
         every = tuple(sorted({label for labels in before for label in labels}))
         for number, (pieces, labels) in enumerate(
-            zip(self.after.pieces(shape), _labels(self.after), strict=True)
+            zip(self.after.pieces(shape), labels_of(self.after), strict=True)
         ):
             first = _first_labels(self.after, number)
             wants = []
@@ -98,7 +100,7 @@ class Step:
         return demands(itertools.chain(*have), itertools.chain(*want))
 
 
-def _labels(layout: Layout) -> list[list[int]]:
+def labels_of(layout: Layout) -> list[list[int]]:
     """For each device the addend it holds, as a number that is the same for copies of it.
 
     Copies of the whole are 0, whichever group holds them; addends count from 1.
@@ -128,7 +130,7 @@ def _first_labels(layout: Layout, group: int) -> set[int]:
     """The addends of a group that hold the value when the others are zeros."""
     if layout.across == "partial" and group > 0:
         return set()
-    return {min(_labels(layout)[group])}
+    return {min(labels_of(layout)[group])}
 
 
 def _added(before: Sequence[int], index: int, terms_after: int) -> tuple[int, ...]:
@@ -245,7 +247,7 @@ def is_same(src: Layout, dst: Layout, shape: Shape) -> bool:
     def all_of(layout: Layout) -> set[tuple[int, int, tuple[Spans, ...]]]:
         return {
             (p.device, label, p.spans)
-            for pieces, labels in zip(layout.pieces(shape), _labels(layout), strict=True)
+            for pieces, labels in zip(layout.pieces(shape), labels_of(layout), strict=True)
             for p, label in zip(pieces, labels, strict=True)
         }
 
@@ -391,36 +393,6 @@ def _single(group: Group) -> Iterator[Group]:
         yield Group(devices, entries)
 
 
-def reduces_to(before: Group, after: Group) -> bool:
-    """Whether a group becomes another by adding up over some of its axes and nothing else."""
-    if before.devices != after.devices or before == after:
-        return False
-    pairs = common_axes(before.entries, after.entries)
-    if pairs is None:
-        return False
-    changed = [(a, b) for a, b in pairs if a != b]
-    keeps = [a for a, b in pairs if isinstance(a, Partial) and a == b]
-    if not all(isinstance(a, Partial) and not isinstance(b, Partial) for a, b in changed):
-        return False
-    if keeps and any(isinstance(b, Split) for _, b in changed):
-        return False
-    # Of the addends, the slow axes' stay apart: that is how they are counted after.
-    partial = [(a, b) for a, b in pairs if isinstance(a, Partial)]
-    kept = [a == b for a, b in partial]
-    return bool(changed) and kept == sorted(kept, reverse=True) and _splits_last(pairs)
-
-
-def _splits_last(pairs: Sequence[tuple[Entry, Entry]]) -> bool:
-    """Whether each new split of a dim is finer than the splits that were there."""
-    new: set[int] = set()
-    for before, after in pairs:
-        if before != after and isinstance(after, Split):
-            new.add(after.dim)
-        elif isinstance(after, Split) and after.dim in new:
-            return False
-    return True
-
-
 def scattered(layout: Layout, dim: int, shape: Shape) -> Layout | None:
     """The sum of a layout's groups, left where it costs least: each slice shared by its holders.
 
@@ -441,85 +413,6 @@ def scattered(layout: Layout, dim: int, shape: Shape) -> Layout | None:
             return None
         blocks += [Block(number, (stop - start) // count) for number in range(count)]
     return Layout(layout.groups, SplitAcross(dim, tuple(blocks)))
-
-
-def common_axes(a: Sequence[Entry], b: Sequence[Entry]) -> list[tuple[Entry, Entry]] | None:
-    """Two groups' axes cut to one mesh: (before, after) per axis; None if there is no such mesh.
-
-    >>> common_axes((Split(0, 4),), (Split(0, 2), Replicate(2)))
-    [(Split(dim=0, parts=2), Split(dim=0, parts=2)), (Split(dim=0, parts=2), Replicate(parts=2))]
-    """
-    left, right, out = list(a), list(b), []
-    while left and right:
-        x, y = left.pop(0), right.pop(0)
-        size = math.gcd(x.parts, y.parts)
-        if size != min(x.parts, y.parts):
-            return None
-        out.append((replace(x, parts=size), replace(y, parts=size)))
-        if x.parts > size:
-            left.insert(0, replace(x, parts=x.parts // size))
-        if y.parts > size:
-            right.insert(0, replace(y, parts=y.parts // size))
-    return None if left or right else out
-
-
-def along(
-    devices: Sequence[int], sizes: Sequence[int], axes: Sequence[int]
-) -> list[tuple[int, ...]]:
-    """Devices in groups that differ only along some axes of their mesh.
-
-    >>> along((0, 1, 2, 3), (2, 2), (0,))
-    [(0, 2), (1, 3)]
-    """
-    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for device, place in zip(
-        devices, itertools.product(*(range(size) for size in sizes)), strict=True
-    ):
-        groups[tuple(i for axis, i in enumerate(place) if axis not in axes)].append(device)
-    return [tuple(group) for group in groups.values()]
-
-
-Reduction = tuple[str, tuple[int, ...], tuple[int, ...]]
-
-
-def reductions(before: Group, after: Group, size: int) -> list[Reduction]:
-    """The collectives that add up a group's addends: (kind, devices, elements each receives).
-
-    Args:
-      before: the group with its addends.
-      after: the group without, as `reduces_to` allows.
-      size: elements a device holds before.
-    """
-    pairs = common_axes(before.entries, after.entries)
-    assert pairs is not None
-    sizes = [a.parts for a, _ in pairs]
-    changed = [i for i, (a, b) in enumerate(pairs) if a != b]
-    scatter = [i for i in changed if isinstance(pairs[i][1], Split)]
-    gather = [i for i in changed if i not in scatter]
-    out: list[Reduction] = []
-    if scatter:
-        parts = math.prod(sizes[i] for i in scatter)
-        for devices in along(before.devices, sizes, scatter):
-            out.append(("reduce-scatter", devices, (size - size // parts,) * parts))
-        size //= parts
-    if gather:
-        for devices in along(before.devices, sizes, gather):
-            out.append(("all-reduce", devices, ring_all_reduce(size, len(devices))[1]))
-    return out
-
-
-def ring_all_reduce(size: int, members: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Elements each member of a ring sends and receives to sum `size` elements everywhere.
-
-    >>> ring_all_reduce(8, 2)
-    ((8, 8), (8, 8))
-    """
-    chunk = [size // members + (i < size % members) for i in range(members)]
-    sent = tuple(
-        2 * size - chunk[(i + 1) % members] - chunk[(i + 2) % members] for i in range(members)
-    )
-    received = tuple(2 * size - chunk[i] - chunk[(i + 1) % members] for i in range(members))
-    return sent, received
 
 
 def meeting(step: Step, shape: Shape) -> list[tuple[Cell, list[tuple[int, ...]]]]:
@@ -545,55 +438,6 @@ def meeting(step: Step, shape: Shape) -> list[tuple[Cell, list[tuple[int, ...]]]
         )
         for cell, of_cell in sorted(holders.items())
     ]
-
-
-def lower_bound_elements(src: Layout, dst: Layout, shape: Shape) -> int:
-    """Elements that must cross whatever the method.
-
-    A device that lacks a value must receive it. A sum of k addends that lie apart takes k - 1
-    messages until some device has it, and one more to each further device that wants it.
-    Where the destination is itself a sum, its addends may be anything that adds up, and
-    nothing is claimed: the bound is 0.
-    """
-    check_pair(src, dst, shape)
-    if dst.terms > 1:
-        return 0
-    have = [h for group in Step(src, src).have(shape) for h in group]
-    want = [p for pieces in dst.pieces(shape) for p in pieces]
-    cuts = grid([*(h.spans for h in have), *(p.spans for p in want)])
-    owners: dict[Cell, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
-    for holding in have:
-        for cell in cells(holding.spans, cuts):
-            owners[cell][holding.label].add(holding.device)
-    receivers: dict[Cell, set[int]] = defaultdict(set)
-    for piece in want:
-        for cell in cells(piece.spans, cuts):
-            receivers[cell].add(piece.device)
-    families = _families(src)
-    return sum(
-        _size(cell)
-        * min(
-            _messages([owners[cell][label] for label in family], wanted)
-            for family in families
-            if all(owners[cell][label] for label in family)
-        )
-        for cell, wanted in receivers.items()
-    )
-
-
-def _families(layout: Layout) -> list[tuple[int, ...]]:
-    """The sets of addends whose sum is the array."""
-    labels = [tuple(sorted(set(of_group))) for of_group in _labels(layout)]
-    if layout.across == "partial":
-        return [tuple(sorted(set(itertools.chain(*labels))))]
-    return sorted(set(labels))
-
-
-def _messages(owners: list[set[int]], wanted: set[int]) -> int:
-    if len(owners) == 1:
-        return len(wanted - owners[0])
-    holders = set().union(*owners)
-    return len(owners) + len(wanted) - (2 if holders & wanted else 1)
 
 
 def _size(cell: Cell) -> int:

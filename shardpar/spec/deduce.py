@@ -14,59 +14,14 @@ layout change from addends to copies is that from copies to copies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 from shardpar.errors import SpecError
-from shardpar.spec.chain import common_axes
-from shardpar.spec.layout import (
-    Across,
-    Entry,
-    Group,
-    Layout,
-    Partial,
-    Replicate,
-    Split,
-    SplitAcross,
-)
+from shardpar.spec.layout import Layout, Split, SplitAcross
+from shardpar.spec.roles import Addends, Along, ClashError, Copies, Role, error_of, lift
 
 Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Along:
-    """An axis that splits a dim."""
-
-    dim: int
-
-
-@dataclass(frozen=True)
-class Copies:
-    """An axis that keeps copies."""
-
-
-@dataclass(frozen=True)
-class Addends:
-    """An axis that holds addends."""
-
-
-Role = Along | Copies | Addends
-
-
-class _ClashError(Exception):
-    """An axis whose roles in the inputs do not fit.
-
-    Attributes:
-      why: in words.
-      mend: (which input, the role that would fit) pairs.
-    """
-
-    def __init__(self, why: str, *mend: tuple[int, Role]) -> None:
-        super().__init__(why)
-        self.why, self.mend = why, mend
-
-
-Rule = Callable[[tuple[Role, ...]], Role]
 
 
 def _require_dims(name: str, dims: Sequence[int], rank: int | None = None) -> None:
@@ -116,10 +71,10 @@ def unary(x: Layout, *, linear: bool = False) -> Layout:
 
     def rule(roles: tuple[Role, ...]) -> Role:
         if isinstance(roles[0], Addends) and not linear:
-            raise _ClashError("a function that is not linear cannot take addends", (0, Copies()))
+            raise ClashError("a function that is not linear cannot take addends", (0, Copies()))
         return roles[0]
 
-    return _lift("unary", [x], rule)
+    return lift("unary", [x], rule)
 
 
 def add(a: Layout, b: Layout, a_shape: Shape, b_shape: Shape) -> Layout:
@@ -162,29 +117,27 @@ def _binary(
         if x == y and not (bilinear and isinstance(x, Addends)):
             return x
         if isinstance(x, Addends) and isinstance(y, Addends):
-            raise _ClashError("a product of two sums is not the sum of the products", (1, Copies()))
+            raise ClashError("a product of two sums is not the sum of the products", (1, Copies()))
         for i, (one, other) in enumerate(((x, y), (y, x))):
             if isinstance(one, Along) and isinstance(other, Copies):
                 if is_whole(1 - i, one.dim):
                     return one
                 mend = Along(one.dim - shifts[1 - i])
-                raise _ClashError("one input is split where the other is whole", (1 - i, mend))
+                raise ClashError("one input is split where the other is whole", (1 - i, mend))
             if isinstance(one, Addends) and isinstance(other, Copies):
                 if bilinear:
                     return one
-                raise _ClashError(
+                raise ClashError(
                     "one input would be added once per addend of the other", (i, Copies())
                 )
             if isinstance(one, Addends):
-                raise _ClashError("one input holds addends where the other is split", (i, Copies()))
+                raise ClashError("one input holds addends where the other is split", (i, Copies()))
         assert isinstance(x, Along)
         if is_whole(1, x.dim):
-            raise _ClashError("the inputs are split along different dims", (1, Copies()))
-        raise _ClashError(
-            "the inputs are split along different dims", (1, Along(x.dim - shifts[1]))
-        )
+            raise ClashError("the inputs are split along different dims", (1, Copies()))
+        raise ClashError("the inputs are split along different dims", (1, Along(x.dim - shifts[1])))
 
-    return _lift(name, [a, b], rule)
+    return lift(name, [a, b], rule)
 
 
 def _shift(role: Role, by: int) -> Role:
@@ -227,9 +180,9 @@ def dot(a: Layout, b: Layout, a_rank: int, b_rank: int, dims: DotDims) -> Layout
             if isinstance(x, Copies) or isinstance(y, Copies):
                 return Addends()
             if isinstance(x, Addends) and isinstance(y, Addends):
-                raise _ClashError("a product of two sums is not the sum of products", (1, Copies()))
+                raise ClashError("a product of two sums is not the sum of products", (1, Copies()))
             side = 0 if isinstance(x, Addends) else 1
-            raise _ClashError("one input holds addends where the other is split", (side, Copies()))
+            raise ClashError("one input holds addends where the other is split", (side, Copies()))
         for what, mine, theirs in (("contracted", a_sum, b_sum), ("batch", a_batch, b_batch)):
             pairs = list(zip(mine, theirs, strict=True))
             for p, q in pairs:
@@ -237,17 +190,17 @@ def dot(a: Layout, b: Layout, a_rank: int, b_rank: int, dims: DotDims) -> Layout
                     return Addends() if what == "contracted" else Along(list(a_batch).index(p))
             for p, q in pairs:
                 if x == Along(p):
-                    raise _ClashError(f"a {what} dim is split in one input only", (1, Along(q)))
+                    raise ClashError(f"a {what} dim is split in one input only", (1, Along(q)))
                 if y == Along(q):
-                    raise _ClashError(f"a {what} dim is split in one input only", (0, Along(p)))
+                    raise ClashError(f"a {what} dim is split in one input only", (0, Along(p)))
         if isinstance(x, Along) and isinstance(y, Along):
-            raise _ClashError("one axis splits free dims of both inputs", (1, Copies()))
+            raise ClashError("one axis splits free dims of both inputs", (1, Copies()))
         if isinstance(x, Along):
             return Along(len(a_batch) + a_free.index(x.dim))
         assert isinstance(y, Along)
         return Along(len(a_batch) + len(a_free) + b_free.index(y.dim))
 
-    return _lift("dot", [a, b], rule)
+    return lift("dot", [a, b], rule)
 
 
 def conv(x: Layout, kernel: Layout) -> Layout:
@@ -262,7 +215,7 @@ def conv(x: Layout, kernel: Layout) -> Layout:
         a, b = roles
         for i, role in enumerate(roles):
             if isinstance(role, Along) and role.dim >= 2:
-                raise _ClashError("a split dim of space lacks its neighbours' edges", (i, Copies()))
+                raise ClashError("a split dim of space lacks its neighbours' edges", (i, Copies()))
         if isinstance(a, Copies) and isinstance(b, Copies):
             return a
         if (a, b) == (Along(1), Along(1)):
@@ -276,12 +229,12 @@ def conv(x: Layout, kernel: Layout) -> Layout:
         if isinstance(b, Addends) and isinstance(a, Copies):
             return b
         if a == Along(1):
-            raise _ClashError("input channels are split in one input only", (1, Along(1)))
+            raise ClashError("input channels are split in one input only", (1, Along(1)))
         if b == Along(1):
-            raise _ClashError("input channels are split in one input only", (0, Along(1)))
-        raise _ClashError("the axis splits or sums both inputs at once", (1, Copies()))
+            raise ClashError("input channels are split in one input only", (0, Along(1)))
+        raise ClashError("the axis splits or sums both inputs at once", (1, Copies()))
 
-    return _lift("conv", [x, kernel], rule)
+    return lift("conv", [x, kernel], rule)
 
 
 def take(table: Layout, ids: Layout, ids_rank: int) -> Layout:
@@ -296,10 +249,10 @@ def take(table: Layout, ids: Layout, ids_rank: int) -> Layout:
     def rule(roles: tuple[Role, ...]) -> Role:
         rows, at = roles
         if isinstance(at, Addends):
-            raise _ClashError("ids cannot be addends", (1, Copies()))
+            raise ClashError("ids cannot be addends", (1, Copies()))
         if isinstance(at, Along):
             if not isinstance(rows, Copies):
-                raise _ClashError(
+                raise ClashError(
                     "one axis splits or sums the table and splits the ids", (1, Copies())
                 )
             return at
@@ -307,7 +260,7 @@ def take(table: Layout, ids: Layout, ids_rank: int) -> Layout:
             return Addends() if rows.dim == 0 else Along(ids_rank + rows.dim - 1)
         return rows
 
-    return _lift("take", [table, ids], rule)
+    return lift("take", [table, ids], rule)
 
 
 def scatter_add(ids: Layout, updates: Layout, ids_rank: int) -> Layout:
@@ -322,17 +275,17 @@ def scatter_add(ids: Layout, updates: Layout, ids_rank: int) -> Layout:
     def rule(roles: tuple[Role, ...]) -> Role:
         at, value = roles
         if isinstance(at, Addends):
-            raise _ClashError("ids cannot be addends", (0, Copies()))
+            raise ClashError("ids cannot be addends", (0, Copies()))
         if isinstance(value, Along) and value.dim < ids_rank:
             if at != value:
-                raise _ClashError("the updates are split where the ids are not", (0, value))
+                raise ClashError("the updates are split where the ids are not", (0, value))
             return Addends()
         if isinstance(at, Along):
             mend: Role = at if isinstance(value, Copies) else Copies()
-            raise _ClashError("the ids are split where the updates are not", (1, mend))
+            raise ClashError("the ids are split where the updates are not", (1, mend))
         return Along(1 + value.dim - ids_rank) if isinstance(value, Along) else value
 
-    return _lift("scatter_add", [ids, updates], rule)
+    return lift("scatter_add", [ids, updates], rule)
 
 
 def reduce_sum(x: Layout, dims: Sequence[int]) -> Layout:
@@ -350,7 +303,7 @@ def reduce_sum(x: Layout, dims: Sequence[int]) -> Layout:
             return Addends() if role.dim in dims else Along(_without(role.dim, dims))
         return role
 
-    return _lift("reduce_sum", [x], rule)
+    return lift("reduce_sum", [x], rule)
 
 
 def reduce_max(x: Layout, dims: Sequence[int]) -> Layout:
@@ -365,7 +318,7 @@ def reduce_max(x: Layout, dims: Sequence[int]) -> Layout:
         role = roles[0]
         return Along(_without(role.dim, dims)) if isinstance(role, Along) else role
 
-    return _lift("reduce_max", [whole], rule)
+    return lift("reduce_max", [whole], rule)
 
 
 def normalise(x: Layout, dims: Sequence[int]) -> Layout:
@@ -382,12 +335,12 @@ def _whole(name: str, x: Layout, dims: Sequence[int]) -> Layout:
 
     def rule(roles: tuple[Role, ...]) -> Role:
         if isinstance(roles[0], Addends):
-            raise _ClashError("a function that is not linear cannot take addends", (0, Copies()))
+            raise ClashError("a function that is not linear cannot take addends", (0, Copies()))
         if isinstance(roles[0], Along) and roles[0].dim in dims:
-            raise _ClashError(f"dim {roles[0].dim} must be whole", (0, Copies()))
+            raise ClashError(f"dim {roles[0].dim} must be whole", (0, Copies()))
         return roles[0]
 
-    return _lift(name, [x], rule)
+    return lift(name, [x], rule)
 
 
 def transpose(x: Layout, order: Sequence[int]) -> Layout:
@@ -399,7 +352,7 @@ def transpose(x: Layout, order: Sequence[int]) -> Layout:
         role = roles[0]
         return Along(list(order).index(role.dim)) if isinstance(role, Along) else role
 
-    return _lift("transpose", [x], rule)
+    return lift("transpose", [x], rule)
 
 
 def broadcast(x: Layout, dims: Sequence[int]) -> Layout:
@@ -411,7 +364,7 @@ def broadcast(x: Layout, dims: Sequence[int]) -> Layout:
         role = roles[0]
         return Along(dims[role.dim]) if isinstance(role, Along) else role
 
-    return _lift("broadcast", [x], rule)
+    return lift("broadcast", [x], rule)
 
 
 def slice_(x: Layout, dims: Sequence[int]) -> Layout:
@@ -449,13 +402,13 @@ def _untouched(name: str, parts: list[Layout], dims: Sequence[int]) -> Layout:
     def rule(roles: tuple[Role, ...]) -> Role:
         for i, role in enumerate(roles):
             if isinstance(role, Along) and role.dim in dims:
-                raise _ClashError(f"dim {role.dim} must be whole", (i, Copies()))
+                raise ClashError(f"dim {role.dim} must be whole", (i, Copies()))
         for i, role in enumerate(roles):
             if role != roles[0]:
-                raise _ClashError("the inputs lie differently", (i, roles[0]))
+                raise ClashError("the inputs lie differently", (i, roles[0]))
         return roles[0]
 
-    return _lift(name, parts, rule)
+    return lift(name, parts, rule)
 
 
 def reshape(x: Layout, old: Shape, new: Shape) -> Layout:
@@ -481,16 +434,16 @@ def reshape(x: Layout, old: Shape, new: Shape) -> Layout:
             return role
         home = homes[role.dim]
         if home is None:
-            raise _ClashError(
+            raise ClashError(
                 f"dim {role.dim} is not the first of the dims it is merged with", (0, Copies())
             )
         return Along(home)
 
-    out = _lift("reshape", [x], rule)
+    out = lift("reshape", [x], rule)
     if isinstance(out.across, SplitAcross) and isinstance(x.across, SplitAcross):
         size, now = old[x.across.dim], new[out.across.dim]
         if any(block.extent * now % size for block in out.across.blocks):
-            raise _error("reshape", [x], "a block across groups is cut apart", ())
+            raise error_of("reshape", [x], "a block across groups is cut apart", ())
         blocks = tuple(
             replace(block, extent=block.extent * now // size) for block in out.across.blocks
         )
@@ -498,7 +451,7 @@ def reshape(x: Layout, old: Shape, new: Shape) -> Layout:
     try:
         out.pieces(new)
     except SpecError as error:
-        raise _error("reshape", [x], f"a split does not survive: {error}", ()) from None
+        raise error_of("reshape", [x], f"a split does not survive: {error}", ()) from None
     return out
 
 
@@ -523,147 +476,3 @@ def _homes(old: Shape, new: Shape) -> list[int | None]:
 
 def _without(dim: int, gone: Sequence[int]) -> int:
     return dim - sum(d < dim for d in gone)
-
-
-def _lift(name: str, inputs: list[Layout], rule: Rule) -> Layout:
-    """Applies a rule to each axis of each group and to the top tier."""
-    devices = [[group.devices for group in layout.groups] for layout in inputs]
-    if any(of_input != devices[0] for of_input in devices):
-        raise SpecError(
-            f"{name}: the inputs lie on different groups: {_listed(inputs)}; "
-            f"reshard them to the same groups first"
-        )
-    groups = []
-    for number in range(len(inputs[0].groups)):
-        axes = _common([layout.groups[number].entries for layout in inputs])
-        if axes is None:
-            raise SpecError(
-                f"{name}: the groups' meshes have no common refinement: {_listed(inputs)}; "
-                f"reshard one input to the mesh of the other first"
-            )
-        entries = []
-        for position, axis in enumerate(axes):
-            try:
-                role = rule(tuple(map(_role, axis)))
-            except _ClashError as clash:
-                mended = [
-                    (i, _with_entry(inputs[i], number, axes, i, position, to))
-                    for i, to in clash.mend
-                ]
-                raise _error(name, inputs, clash.why, mended) from None
-            entries.append(_entry(role, axis[0].parts))
-        groups.append(Group(inputs[0].groups[number].devices, _merged(entries)))
-    try:
-        across = _across(name, inputs, rule)
-    except _ClashError as clash:
-        mended = [(i, _with_across(inputs, i, to)) for i, to in clash.mend]
-        raise _error(name, inputs, clash.why, mended) from None
-    return Layout(tuple(groups), across)
-
-
-def _common(lists: list[tuple[Entry, ...]]) -> list[tuple[Entry, ...]] | None:
-    """All inputs' axes cut to one mesh."""
-    sizes: list[int] | None = [e.parts for e in lists[0]]
-    for entries in lists[1:]:
-        sizes = _refined(sizes, [e.parts for e in entries])
-    if sizes is None:
-        return None
-    columns = []
-    for entries in lists:
-        pairs = common_axes(entries, [Replicate(n) for n in sizes])
-        if pairs is None:
-            return None
-        columns.append([entry for entry, _ in pairs])
-    return list(zip(*columns, strict=True)) if columns and columns[0] else []
-
-
-def _refined(a: list[int] | None, b: list[int]) -> list[int] | None:
-    if a is None:
-        return None
-    pairs = common_axes([Replicate(n) for n in a], [Replicate(n) for n in b])
-    return None if pairs is None else [entry.parts for entry, _ in pairs]
-
-
-def _role(entry: Entry) -> Role:
-    if isinstance(entry, Split):
-        return Along(entry.dim)
-    return Copies() if isinstance(entry, Replicate) else Addends()
-
-
-def _entry(role: Role, parts: int) -> Entry:
-    if isinstance(role, Along):
-        return Split(role.dim, parts)
-    return Replicate(parts) if isinstance(role, Copies) else Partial(parts)
-
-
-def _merged(entries: Sequence[Entry]) -> tuple[Entry, ...]:
-    """Neighbouring axes that do the same become one."""
-    out: list[Entry] = []
-    for entry in entries:
-        if out and replace(out[-1], parts=entry.parts) == entry:
-            out[-1] = replace(entry, parts=out[-1].parts * entry.parts)
-        else:
-            out.append(entry)
-    return tuple(out)
-
-
-def _across(name: str, inputs: list[Layout], rule: Rule) -> Across:
-    if len(inputs[0].groups) == 1:
-        return "dup"
-    tops = [layout.across for layout in inputs]
-    role = rule(tuple(map(_top_role, tops)))
-    splits = [top for top in tops if isinstance(top, SplitAcross)]
-    if any(s.blocks != splits[0].blocks for s in splits):
-        raise SpecError(
-            f"{name}: the inputs are split across groups with different extents: "
-            f"{_listed(inputs)}; reshard one to the extents of the other first"
-        )
-    if isinstance(role, Along):
-        return SplitAcross(role.dim, splits[0].blocks)
-    return "dup" if isinstance(role, Copies) else "partial"
-
-
-def _top_role(top: Across) -> Role:
-    if isinstance(top, SplitAcross):
-        return Along(top.dim)
-    return Copies() if top == "dup" else Addends()
-
-
-def _with_entry(
-    layout: Layout,
-    number: int,
-    axes: Sequence[tuple[Entry, ...]],
-    column: int,
-    position: int,
-    role: Role,
-) -> str:
-    entries = [axis[column] for axis in axes]
-    entries[position] = _entry(role, entries[position].parts)
-    group = Group(layout.groups[number].devices, _merged(entries))
-    return str(layout.with_group(number, group))
-
-
-def _with_across(inputs: list[Layout], i: int, role: Role) -> str:
-    # The blocks to take over are those of the input that this one shall fit.
-    splits = [
-        x.across for j, x in enumerate(inputs) if j != i and isinstance(x.across, SplitAcross)
-    ]
-    if isinstance(role, Along) and splits:
-        across: Across = SplitAcross(role.dim, splits[0].blocks)
-    else:
-        across = "partial" if isinstance(role, Addends) else "dup"
-    return str(replace(inputs[i], across=across))
-
-
-def _error(
-    name: str, inputs: Sequence[Layout], why: str, mended: Sequence[tuple[int, str]]
-) -> SpecError:
-    advice = " and ".join(f"input {i} to {text}" for i, text in mended)
-    return SpecError(
-        f"{name} of {_listed(inputs)}: {why}"
-        + (f"; reshard {advice} first" if advice else "; reshard the input first")
-    )
-
-
-def _listed(inputs: Sequence[Layout]) -> str:
-    return " and ".join(str(layout) for layout in inputs)

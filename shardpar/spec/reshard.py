@@ -15,17 +15,9 @@ from functools import cached_property
 from typing import Literal
 
 from shardpar.errors import SpecError
-from shardpar.spec.chain import (
-    Shape,
-    Step,
-    along,
-    chain,
-    common_axes,
-    lower_bound_elements,
-    meeting,
-    reductions,
-    ring_all_reduce,
-)
+from shardpar.spec.axes import along, common_axes, reductions, ring_all_reduce
+from shardpar.spec.bounds import lower_bound_elements
+from shardpar.spec.chain import Shape, Step, chain, meeting
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.exchange import Move, moves_of
 from shardpar.spec.layout import Group, Layout, Replicate, Split, SplitAcross

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from shardpar.errors import SpecError
 from shardpar.lowering.shardings import axes_sharding, partition_spec
 from shardpar.spec import deduce
+from shardpar.spec.axes import common_axes
 from shardpar.spec.layout import Group, Layout, Partial, Replicate
 from shardpar.spec.layout_text import layout_from_text as L
 from shardpar.spec.mesh import GroupLayout, Mesh
@@ -47,7 +48,7 @@ def unsummed(layout: Layout) -> Layout:
 
 def spec_of(layout: Layout, rank: int, mesh: Mesh) -> PartitionSpec:
     """The PartitionSpec of a layout on the finest mesh of a, b, c."""
-    pairs = deduce.common_axes(layout.groups[0].entries, [Replicate(n) for n in mesh.sizes])
+    pairs = common_axes(layout.groups[0].entries, [Replicate(n) for n in mesh.sizes])
     assert pairs is not None
     dims: list[tuple[str, ...]] = [()] * rank
     partial = set()
