@@ -14,6 +14,7 @@ from shardpar.spec.layout import Entry, Group, Partial, Split
 def common_axes(a: Sequence[Entry], b: Sequence[Entry]) -> list[tuple[Entry, Entry]] | None:
     """Two groups' axes cut to one mesh: (before, after) per axis; None if there is no such mesh.
 
+    >>> from shardpar.spec.layout import Replicate
     >>> common_axes((Split(0, 4),), (Split(0, 2), Replicate(2)))
     [(Split(dim=0, parts=2), Split(dim=0, parts=2)), (Split(dim=0, parts=2), Replicate(parts=2))]
     """
