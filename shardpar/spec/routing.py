@@ -29,7 +29,7 @@ _SMALL = 4096
 """With so few slices the reference's greedy is tried too, as cells cannot be cut at will."""
 
 _FINE = 64
-"""A cell is cut in so many grains at least, if it has the elements."""
+"""A cell is cut in so many grains per sender at least, if it has the elements."""
 
 Shares = dict[int, list[tuple[int, int]]]
 
@@ -279,7 +279,7 @@ def _fill(
     ports = [port for port, amount in quotas.items() if amount > 0]
     at, left = 0, quotas[ports[0]]
     for number, receiver in members:
-        elements, grain = wanted[number].size, _grain(wanted[number])
+        elements, grain = wanted[number].size, _grain(wanted[number], len(ports))
         each = num_bytes[number] / elements
         given: list[tuple[int, int]] = []
         waiting = elements
@@ -296,12 +296,12 @@ def _fill(
         shares[number][receiver] = given
 
 
-def _grain(demand: Demand) -> int:
+def _grain(demand: Demand, senders: int) -> int:
     """Elements that are not cut apart: whole rows where there are many, to make few slices."""
     sizes = sorted((stop - start for start, stop in demand.cell), reverse=True)
     grains, grain = 1, demand.size
     for size in sizes:
-        if grains >= _FINE:
+        if grains >= _FINE * senders:
             break
         grains, grain = grains * size, grain // size
     return grain
