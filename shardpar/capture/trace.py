@@ -26,10 +26,7 @@ from shardpar.capture.cut import CutProgram, LayerCall, cut
 from shardpar.capture.layers import marked_class
 from shardpar.capture.model import AbstractModel, Init, Loss, abstract_model
 from shardpar.errors import CaptureError
-from shardpar.spec.graph import Activation, Layer, LayerClass, LayerGraph, Parameter
-
-OUTSIDE = "outside"
-"""Name of the layer that stands for what the model computes outside marked layers."""
+from shardpar.spec.graph import OUTSIDE, Activation, Layer, LayerClass, LayerGraph, Parameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -363,4 +360,4 @@ def _model_name(init: Init, model: AbstractModel) -> str:
     return getattr(root, "__name__", "model")
 
 
-__all__ = ["Captured", "LayerCall", "trace"]
+__all__ = ["OUTSIDE", "Captured", "LayerCall", "trace"]

@@ -93,20 +93,26 @@ def capture_aloud(config: RunConfig) -> Captured:
     return captured
 
 
-def make_plan(config: RunConfig, captured: Captured, cluster: Cluster | None) -> Planned:
+def make_plan(
+    config: RunConfig, captured: Captured, cluster: Cluster | None, *, runs_here: bool = False
+) -> Planned:
     """Reads the config's plan file, or searches.
 
     Args:
       config: its section `plan` pins choices or names a file.
       captured: the model.
       cluster: the machines; None takes the devices at hand.
+      runs_here: the plan is to be lowered by this version, which runs one stage.
     """
     machines = cluster or local_cluster()
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     work = compilation.workload(captured, optimizer, config.program, config.train.global_batch)
     limit = memory_limit(machines, config.plan)
     if config.plan.file is None:
-        found = compilation.planned(captured.graph, machines, work, config.plan)
+        options = config.plan
+        if cluster is None or runs_here:
+            options = compilation.runnable(options)
+        found = compilation.planned(captured.graph, machines, work, options)
         return Planned(captured, found.plan, found.cost, machines, found, limit)
     plan = compilation.read_plan(config.plan.file, captured.graph)
     if plan.global_batch != config.train.global_batch:
@@ -160,7 +166,7 @@ def explain(
         else:
             screen.print(graph_table(captured.graph))
         return
-    planned = make_plan(config, captured, cluster)
+    planned = make_plan(config, captured, cluster, runs_here=shardings or stop_after == "program")
     if shardings:
         screen.print(shardings_view(planned.plan, captured.graph))
         return
@@ -221,9 +227,19 @@ def show_plan(planned: Planned) -> None:
                 highlight=False,
             )
         return
+    objective = planned.plan.objective
+    if objective is not None:
+        certificate = (
+            "no plan of the searched space is faster by the cost model"
+            if objective.gap == 0
+            else f"no plan of the searched space is more than {objective.gap:.2%} faster"
+        )
+        screen.print(
+            f"{certificate}; found in {objective.search_s:.2f} s", style="dim", highlight=False
+        )
     if found.runners_up:
         screen.print("next best:", style="dim")
-        for other in found.runners_up:
+        for other in found.runners_up[:5]:
             slower = other.step_s / found.cost.step_s - 1
             screen.print(
                 f"  {other.description}: {other.step_s * 1e3:,.1f} ms (+{slower:.1%}), "
@@ -232,7 +248,7 @@ def show_plan(planned: Planned) -> None:
                 highlight=False,
             )
     if found.too_big:
-        screen.print(f"{found.too_big} candidates did not fit in memory", style="dim")
+        screen.print(f"{found.too_big} shapes of {found.shapes} did not fit in memory", style="dim")
     for reason, count in found.rejected[:5]:
         screen.print(f"{count} rejected: {reason}", style="dim", highlight=False)
 

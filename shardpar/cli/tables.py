@@ -17,8 +17,9 @@ from shardpar.config.save import to_yaml
 from shardpar.config.schema import RunConfig
 from shardpar.errors import PlanError
 from shardpar.planner.cost import PlanCost
+from shardpar.planner.strategies import describe
 from shardpar.spec.graph import LayerGraph, Parameter
-from shardpar.spec.mesh import GroupLayout, Mesh
+from shardpar.spec.mesh import GroupLayout
 from shardpar.spec.parameters import FSDP_MIN_SIZE, parameter_layout
 from shardpar.spec.plan import LayerStrategy, Plan
 from shardpar.spec.select import strategies, summarise
@@ -115,22 +116,6 @@ def plan_table(plan: Plan, graph: LayerGraph, cost: PlanCost | None, limit_bytes
                     f"{limit_bytes / GIB:.2f}" if first and limit_bytes else "",
                 )
     return table
-
-
-def describe(strategy: LayerStrategy, mesh: Mesh) -> str:
-    """A strategy in degrees: "dp2 fsdp2 tp2 sp, recompute full"."""
-    plain = mesh.without((*strategy.tensor, *strategy.fsdp, *strategy.zero1))
-    parts = [
-        f"{name}{mesh.size_of(axes)}"
-        for name, axes in (
-            ("dp", plain), ("zero1-", strategy.zero1), ("fsdp", strategy.fsdp),
-            ("tp", strategy.tensor),
-        )
-        if axes
-    ]  # fmt: skip
-    text = " ".join(parts) or "one device"
-    text += " sp" if strategy.sequence_parallel else ""
-    return text + (f", recompute {strategy.recompute}" if strategy.recompute != "none" else "")
 
 
 def shardings_view(plan: Plan, graph: LayerGraph) -> Group:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from shardpar.config.schema import RunConfig
 
 _BYTE_VOCABULARY = 256
-_PINS = ("data", "fsdp", "tensor", "sequence_parallel", "recompute", "microbatch")
+_PINS = (
+    "data", "fsdp", "tensor", "zero1", "sequence_parallel", "recompute", "microbatch", "stages",
+    "fix",
+)  # fmt: skip
 _SUFFIXES = {"text": "txt", "jsonl": "jsonl", "parquet": "parquet"}
 
 

@@ -8,15 +8,18 @@ state, plus what the forward saves for the backward, plus the largest scratch.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from dataclasses import dataclass
 
-from shardpar.planner.profile import Rates, link_of, rates
+from shardpar.planner.profile import Rates, link_over, rates
 from shardpar.spec.cluster import Cluster, Link
 from shardpar.spec.graph import DTYPE_BYTES, LayerClass, LayerGraph, Parameter
-from shardpar.spec.mesh import GroupLayout
+from shardpar.spec.mesh import Axes, GroupLayout, Mesh
 from shardpar.spec.parameters import compute_layout, optimizer_layout, parameter_layout
-from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
+from shardpar.spec.plan import TENSOR_DIMS, LayerStrategy, Pipeline, Plan, Stage
+from shardpar.spec.schedule import held
 from shardpar.spec.select import strategies
 
 
@@ -40,7 +43,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """One layer, one micro-batch, one device; `update_*` once per step.
+    """One layer, one micro-batch, one device; `update_s` and `cross_s` once per step.
 
     Attributes:
       forward_s, backward_s: compute, recompute included in the backward.
@@ -48,6 +51,7 @@ class LayerCost:
       gather_s: fsdp parameter gathers, forward and backward.
       sync_s: gradient reduction.
       update_s: the optimizer, with ZeRO-1's gather of new parameters.
+      cross_s: summing the gradient with the other pipelines' copies of the layer.
       parameter_bytes, gradient_bytes, optimizer_bytes: at rest or through the step.
       saved_bytes: kept from the forward for the backward.
       scratch_bytes: alive only while this layer computes.
@@ -59,6 +63,7 @@ class LayerCost:
     gather_s: float
     sync_s: float
     update_s: float
+    cross_s: float
     parameter_bytes: float
     gradient_bytes: float
     optimizer_bytes: float
@@ -72,22 +77,49 @@ class LayerCost:
         hidden = min(overlap * traffic, compute)
         return compute + self.tensor_s + traffic - hidden
 
+    def forward_share(self) -> float:
+        """The forward's part of a micro-batch, between 0 and 1."""
+        all_s = self.forward_s + self.backward_s + self.tensor_s + self.gather_s + self.sync_s
+        return (self.forward_s + (self.tensor_s + self.gather_s) / 2) / all_s if all_s else 0.5
+
+    def seconds(self, overlap: float, microbatches: int) -> float:
+        """Seconds of one micro-batch with its part of what is done once a step."""
+        return self.microbatch_s(overlap) + (self.update_s + self.cross_s) / microbatches
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes held through the step."""
+        return self.parameter_bytes + self.gradient_bytes + self.optimizer_bytes
+
 
 @dataclass(frozen=True)
 class StageCost:
     """A stage: seconds of one step, and bytes on its fullest device.
 
     Attributes:
-      step_s: all micro-batches and the update.
+      step_s: all micro-batches and the update: what its devices are busy for.
+      microbatch_s: one micro-batch, with its part of the update.
+      forward_s, backward_s: one micro-batch one way, without update and arrival.
+      update_s, cross_s: once a step, as in LayerCost.
       peak_bytes: state_bytes + saved_bytes + scratch_bytes.
+      saved_bytes: of all micro-batches in flight.
+      moves_s: of microbatch_s, changes of layout between layers.
+      sent_s: of microbatch_s, receiving activations from the stage before and sending gradients.
       layers: the cost of each layer, by name.
     """
 
     step_s: float
+    microbatch_s: float
+    forward_s: float
+    backward_s: float
+    update_s: float
+    cross_s: float
     peak_bytes: float
     state_bytes: float
     saved_bytes: float
     scratch_bytes: float
+    moves_s: float
+    sent_s: float
     layers: tuple[tuple[str, LayerCost], ...]
 
 
@@ -100,10 +132,45 @@ class PlanCost:
     stages: tuple[StageCost, ...]
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Where a layer runs and how often: all that its price depends on besides class and strategy.
+
+    Attributes:
+      cluster, devices, mesh: the stage's machines.
+      graph_batch: sequences the layer graph's figures are for.
+      microbatch: sequences of one micro-batch over all data shards.
+      num_microbatches: of one step.
+      pipelines: how many pipelines hold a copy of the layer and sum its gradient.
+      tensor_dims: logical dims that tensor parallelism splits.
+      workload: dtype and optimizer.
+    """
+
+    cluster: Cluster
+    devices: tuple[int, ...]
+    mesh: Mesh
+    graph_batch: int
+    microbatch: int
+    num_microbatches: int
+    workload: Workload
+    pipelines: int = 1
+    tensor_dims: tuple[str, ...] = TENSOR_DIMS
+
+    @property
+    def speed(self) -> Rates:
+        """Rates of the group."""
+        return rates(self.cluster, self.devices, self.workload.compute_dtype)
+
+    def link(self, axes: Axes) -> Link:
+        """The slowest link a collective over these axes crosses."""
+        return link_over(self.cluster, self.devices, self.mesh, axes)
+
+
 def plan_cost(plan: Plan, graph: LayerGraph, cluster: Cluster, workload: Workload) -> PlanCost:
     """Prices a checked plan.
 
-    This version prices stages of one pipeline as if run one after another.
+    A pipeline of stages that take t seconds a micro-batch is priced as
+    sum(t) + (m - 1) * max(t) for m micro-batches; the slowest pipeline is the plan's step.
 
     Args:
       plan: as checked by `spec.check`.
@@ -111,79 +178,134 @@ def plan_cost(plan: Plan, graph: LayerGraph, cluster: Cluster, workload: Workloa
       cluster: the machines.
       workload: dtype and optimizer.
     """
-    stages = [
-        (pipeline, stage_cost(pipeline, stage, plan, graph, cluster, workload))
-        for pipeline in plan.pipelines
-        for stage in pipeline.stages
-    ]
-    seconds = [
-        sum(cost.step_s for owner, cost in stages if owner is pipeline)
-        for pipeline in plan.pipelines
-    ]
-    return PlanCost(
-        max(seconds), max(cost.peak_bytes for _, cost in stages), tuple(cost for _, cost in stages)
-    )
+    steps_s: list[float] = []
+    stages: list[StageCost] = []
+    for pipeline in plan.pipelines:
+        costs = []
+        for number in range(len(pipeline.stages)):
+            setting = setting_of(plan, pipeline, pipeline.stages[number], graph, cluster, workload)
+            costs.append(stage_cost(pipeline, number, graph, setting))
+        times = [cost.microbatch_s for cost in costs]
+        steps_s.append(math.fsum(times) + (pipeline.num_microbatches - 1) * max(times))
+        stages += costs
+    return PlanCost(max(steps_s), max(cost.peak_bytes for cost in stages), tuple(stages))
 
 
-def stage_cost(
+def setting_of(
+    plan: Plan,
     pipeline: Pipeline,
     stage: Stage,
-    plan: Plan,
     graph: LayerGraph,
     cluster: Cluster,
     workload: Workload,
-) -> StageCost:
-    """Prices one stage's layers."""
+) -> Setting:
+    """The setting of a stage's layers."""
+    return Setting(
+        cluster, stage.devices, stage.mesh, graph.batch, pipeline.microbatch,
+        pipeline.num_microbatches, workload, len(plan.pipelines), plan.tensor_dims,
+    )  # fmt: skip
+
+
+def stage_cost(pipeline: Pipeline, number: int, graph: LayerGraph, setting: Setting) -> StageCost:
+    """Prices one stage of a pipeline."""
+    stage = pipeline.stages[number]
     chosen = strategies(stage, graph)
-    speed = rates(cluster, stage.devices, workload.compute_dtype)
+    speed, count = setting.speed, pipeline.num_microbatches
     priced: dict[tuple[str, LayerStrategy], LayerCost] = {}
     layers: list[tuple[str, LayerCost]] = []
+    moves_s = 0.0
+    before: LayerStrategy | None = None
     for layer in graph.layers:
         if layer.name not in chosen:
             continue
-        key = (layer.class_name, chosen[layer.name])
+        strategy = chosen[layer.name]
+        cls, key = graph.class_of(layer), (layer.class_name, strategy)
         if key not in priced:
-            priced[key] = layer_cost(
-                graph.class_of(layer), chosen[layer.name], pipeline, stage, plan, graph, cluster,
-                workload, speed,
-            )  # fmt: skip
+            priced[key] = layer_cost(cls, strategy, setting)
         layers.append((layer.name, priced[key]))
+        if before is not None:
+            moves_s += border_s(cls, before, strategy, setting)
+        before = strategy
     costs = [cost for _, cost in layers]
-    per_microbatch = sum(cost.microbatch_s(speed.overlap) for cost in costs)
-    state = sum(c.parameter_bytes + c.optimizer_bytes + c.gradient_bytes for c in costs)
-    saved = sum(c.saved_bytes for c in costs)
+    sent_s = 0.0
+    if number > 0:
+        sent_s = arrival_s(graph, layers[0][0], pipeline.stages[number - 1].devices, setting)
+    in_flight = held(pipeline.schedule, len(pipeline.stages), number, count)
+    state = math.fsum(c.state_bytes for c in costs)
+    saved = in_flight * math.fsum(c.saved_bytes for c in costs)
     scratch = max(c.scratch_bytes for c in costs)
+    seconds = math.fsum(c.seconds(speed.overlap, count) for c in costs) + moves_s + sent_s
     return StageCost(
-        step_s=per_microbatch * pipeline.num_microbatches + sum(c.update_s for c in costs),
+        step_s=seconds * count,
+        microbatch_s=seconds,
+        forward_s=math.fsum(c.microbatch_s(speed.overlap) * c.forward_share() for c in costs)
+        + moves_s / 2,
+        backward_s=math.fsum(c.microbatch_s(speed.overlap) * (1 - c.forward_share()) for c in costs)
+        + moves_s / 2,
+        update_s=math.fsum(c.update_s for c in costs),
+        cross_s=math.fsum(c.cross_s for c in costs),
         peak_bytes=state + saved + scratch,
         state_bytes=state,
         saved_bytes=saved,
         scratch_bytes=scratch,
+        moves_s=moves_s,
+        sent_s=sent_s,
         layers=tuple(layers),
     )
 
 
-def layer_cost(
-    cls: LayerClass,
-    strategy: LayerStrategy,
-    pipeline: Pipeline,
-    stage: Stage,
-    plan: Plan,
-    graph: LayerGraph,
-    cluster: Cluster,
-    workload: Workload,
-    speed: Rates,
-) -> LayerCost:
+def border_s(
+    cls: LayerClass, before: LayerStrategy, after: LayerStrategy, setting: Setting
+) -> float:
+    """Seconds to bring a layer's input from its neighbour's layout to its own, and back.
+
+    The way back is the gradient's. Zero where both lay activations out alike.
+    """
+    mesh = setting.mesh
+    a, b = border_axes(before, mesh), border_axes(after, mesh)
+    if a == b:
+        return 0.0
+    there, back = _moved_shares(mesh, a, b)
+    differing = tuple(
+        x for x in mesh.names if (x in a[0]) != (x in b[0]) or (x in a[1]) != (x in b[1])
+    )
+    link = setting.link(differing)
+    size = _stream_bytes(cls) * setting.microbatch / setting.graph_batch
+    return (there + back) * size / link.bandwidth + 2 * link.latency_s
+
+
+def border_axes(strategy: LayerStrategy, mesh: Mesh) -> tuple[Axes, Axes]:
+    """The axes that split the batch, and the sequence, of activations between layers."""
+    return strategy.data_axes(mesh), strategy.tensor if strategy.sequence_parallel else ()
+
+
+def arrival_s(
+    graph: LayerGraph, first_layer: str, source: tuple[int, ...], setting: Setting
+) -> float:
+    """Seconds to receive a micro-batch's activations from the stage before, and send gradients.
+
+    All pairs of devices share the bytes, over the slowest link between the two groups.
+    """
+    cls = next(graph.class_of(layer) for layer in graph.layers if layer.name == first_layer)
+    link = setting.cluster.link_among((*source, *setting.devices))
+    size = _stream_bytes(cls) * setting.microbatch / setting.graph_batch
+    pairs = min(len(source), len(setting.devices))
+    return 2 * (size / pairs / link.bandwidth + link.latency_s)
+
+
+def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> LayerCost:
     """Prices one layer of a class under a strategy, for one micro-batch on one device."""
-    mesh = stage.mesh
+    mesh, workload, dims = setting.mesh, setting.workload, setting.tensor_dims
+    speed = setting.speed
     data, tensor = strategy.data_axes(mesh), strategy.tensor
     shards, degree = mesh.size_of(data), mesh.size_of(tensor)
-    share = pipeline.microbatch / graph.batch / shards
+    share = setting.microbatch / setting.graph_batch / shards
     item = DTYPE_BYTES[workload.compute_dtype]
 
     # Weights are read whole by every micro-batch, however small; activations shrink with it.
     weights = item * sum(
-        _local(p, compute_layout(p, strategy, mesh, plan.tensor_dims)) for p in cls.parameters
+        _pieces(p, strategy.tensor, strategy.fsdp, strategy.zero1, mesh, dims)[1]
+        for p in cls.parameters
     )
     forward_s = _compute_s(cls.forward_flops, cls.forward_bytes, weights, share / degree, speed)
     backward_s = _compute_s(
@@ -196,41 +318,45 @@ def layer_cost(
         backward_s += cls.forward_bytes * share / degree / speed.memory_bandwidth
 
     border = sum(a.num_bytes for a in cls.outputs if a.batch_dim is not None) * share
-    rows = sum(_is_row_parallel(p, plan) for p in (*cls.parameters, *cls.tied)) if tensor else 0
-    tensor_s = 2 * rows * _ring_s(2 * border, degree, link_of(cluster, stage, tensor))
+    rows = sum(_is_row_parallel(p, dims) for p in (*cls.parameters, *cls.tied)) if tensor else 0
+    tensor_s = 2 * rows * _ring_s(2 * border, degree, setting.link(tensor))
     if strategy.recompute == "full":
         tensor_s *= 1.5
     if strategy.sequence_parallel:
         # Gathered on entry, again for the backward, and once for the gradient at the exit.
-        tensor_s += 3 * _ring_s(border, degree, link_of(cluster, stage, tensor))
+        tensor_s += 3 * _ring_s(border, degree, setting.link(tensor))
 
-    gather_s = sync_s = update_s = 0.0
-    stored = computed = held = 0.0
+    gather_s = sync_s = update_s = cross_s = 0.0
+    stored = computed = updated = 0.0
     for parameter in cls.parameters:
-        at_rest = _local(parameter, parameter_layout(parameter, strategy, mesh, plan.tensor_dims))
-        in_use = _local(parameter, compute_layout(parameter, strategy, mesh, plan.tensor_dims))
-        update = _local(parameter, optimizer_layout(parameter, strategy, mesh, plan.tensor_dims))
-        stored, computed, held = stored + at_rest, computed + in_use, held + update
+        at_rest, in_use, update = _pieces(
+            parameter, strategy.tensor, strategy.fsdp, strategy.zero1, mesh, dims
+        )
+        stored, computed, updated = stored + at_rest, computed + in_use, updated + update
         if at_rest < in_use:
-            fsdp_link = link_of(cluster, stage, strategy.fsdp)
+            fsdp_link = setting.link(strategy.fsdp)
             parts = mesh.size_of(strategy.fsdp)
             gather_s += 2 * _ring_s(in_use * item, parts, fsdp_link)
             sync_s += _ring_s(in_use * item, parts, fsdp_link)
         whole = tuple(a for a in data if not (at_rest < in_use and a in strategy.fsdp))
-        sync_s += _ring_s(2 * at_rest * item, mesh.size_of(whole), link_of(cluster, stage, whole))
+        sync_s += _ring_s(2 * at_rest * item, mesh.size_of(whole), setting.link(whole))
         if update < at_rest:
-            link = link_of(cluster, stage, strategy.zero1)
+            link = setting.link(strategy.zero1)
             update_s += _ring_s(at_rest * 4, mesh.size_of(strategy.zero1), link)
     # The optimizer reads and writes master weights, gradient and its own slots once.
-    update_s += held * 4 * (3 + 2 * workload.optimizer_slots) / speed.memory_bandwidth
+    update_s += updated * 4 * (3 + 2 * workload.optimizer_slots) / speed.memory_bandwidth
+    if setting.pipelines > 1:
+        # Pipelines sum their gradients once a step, over the network, in float32.
+        link = setting.cluster.inter_host
+        cross_s = 2 * updated * 4 / link.bandwidth + link.latency_s
 
-    accumulates = pipeline.num_microbatches > 1
+    accumulates = setting.num_microbatches > 1
     if accumulates:
-        backward_s += held * (item + 2 * 4) / speed.memory_bandwidth
+        backward_s += updated * (item + 2 * 4) / speed.memory_bandwidth
     copies = 0.0 if workload.compute_dtype == "float32" else stored * item
     if workload.loops:
         copies += stored * item
-    gradients = stored * item + (held * 4 if accumulates or item < 4 else 0.0)
+    gradients = stored * item + (updated * 4 if accumulates or item < 4 else 0.0)
     inner = share / degree
     kept = cls.saved(strategy.recompute) - cls.input_bytes
     entering = cls.input_bytes * (inner if strategy.sequence_parallel else share)
@@ -241,12 +367,63 @@ def layer_cost(
         gather_s,
         sync_s,
         update_s,
+        cross_s,
         parameter_bytes=stored * 4 + copies,
         gradient_bytes=gradients,
-        optimizer_bytes=held * 4 * workload.optimizer_slots,
+        optimizer_bytes=updated * 4 * workload.optimizer_slots,
         saved_bytes=kept * inner + entering,
         scratch_bytes=cls.temp_bytes * inner + 2 * max(0.0, computed - stored) * item,
     )
+
+
+@functools.lru_cache(maxsize=65536)
+def _pieces(
+    parameter: Parameter, tensor: Axes, fsdp: Axes, zero1: Axes, mesh: Mesh, dims: tuple[str, ...]
+) -> tuple[float, float, float]:
+    """Elements of a parameter that one device holds at rest, in use, and in its optimizer."""
+    strategy = LayerStrategy("", tensor, fsdp, zero1)
+    return (
+        _local(parameter, parameter_layout(parameter, strategy, mesh, dims)),
+        _local(parameter, compute_layout(parameter, strategy, mesh, dims)),
+        _local(parameter, optimizer_layout(parameter, strategy, mesh, dims)),
+    )
+
+
+def _stream_bytes(cls: LayerClass) -> float:
+    """Bytes of the largest activation that enters a layer: the stream between layers."""
+    return float(max((a.num_bytes for a in cls.inputs if a.batch_dim is not None), default=0))
+
+
+@functools.lru_cache(maxsize=4096)
+def _moved_shares(mesh: Mesh, a: tuple[Axes, Axes], b: tuple[Axes, Axes]) -> tuple[float, float]:
+    """Shares of an activation the worst device lacks when going from a to b, and back."""
+
+    def intervals(axes: Axes) -> list[tuple[float, float]]:
+        parts = mesh.size_of(axes)
+        found = []
+        for place in itertools.product(*(range(size) for size in mesh.sizes)):
+            at = dict(zip(mesh.names, place, strict=True))
+            index = 0
+            for axis in axes:
+                index = index * mesh.size_of((axis,)) + at[axis]
+            found.append((index / parts, (index + 1) / parts))
+        return found
+
+    boxes = [(intervals(x[0]), intervals(x[1])) for x in (a, b)]
+
+    def lacking(source: int, target: int) -> float:
+        worst = 0.0
+        for d in range(mesh.num_devices):
+            have = want = 1.0
+            for dim in range(2):
+                low, high = boxes[source][dim][d]
+                first, last = boxes[target][dim][d]
+                want *= last - first
+                have *= max(0.0, min(high, last) - max(low, first))
+            worst = max(worst, want - have)
+        return worst
+
+    return lacking(0, 1), lacking(1, 0)
 
 
 def _compute_s(
@@ -266,13 +443,13 @@ def _ring_s(num_bytes: float, parts: int, link: Link) -> float:
     return num_bytes * (parts - 1) / parts / link.bandwidth + (parts - 1) * link.latency_s
 
 
-def _is_row_parallel(parameter: Parameter, plan: Plan) -> bool:
+def _is_row_parallel(parameter: Parameter, tensor_dims: tuple[str, ...]) -> bool:
     """Whether tensor parallelism leaves this parameter's product a partial sum.
 
     Its split dim is contracted when a dim that is not split comes after it: "down"
     (mlp, embed) and "out" (heads, head_dim, embed), but not "up" (embed, mlp).
     """
-    split = [i for i, name in enumerate(parameter.dims) if name in plan.tensor_dims]
+    split = [i for i, name in enumerate(parameter.dims) if name in tensor_dims]
     if not split or len(parameter.dims) < 2:
         return False
     return any(name == "embed" for name in parameter.dims[split[0] + 1 :])

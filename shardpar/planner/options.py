@@ -18,11 +18,18 @@ class SearchOptions:
       file: a plan to use as it is, instead of searching.
       cluster: a cluster file to plan for; None plans for the devices at hand.
       memory_fraction: share of a device's memory the plan may fill.
-      data, fsdp, tensor: pin a degree; None lets the planner choose it.
+      data, fsdp, tensor: pin a degree for all layers; None lets each layer have its own.
+        `data` counts all copies of the parameters at rest, those of zero1 included.
+      zero1: pin the degree to which the optimizer state alone is split.
       sequence_parallel: pin Megatron sequence parallelism on or off.
       recompute: pin the recompute choice.
       microbatch: sequences per data shard that go through the model at once;
-        None lets the planner choose the largest that fits.
+        None lets the planner choose.
+      stages: pin the number of pipeline stages; None lets the planner choose.
+      fix: pin some layers by hand, the rest is completed:
+        "blocks[0:4] tensor=2 recompute=full; head fsdp=1".
+      epsilon: how far from the best a plan may be, as a share of its step; the gap
+        in the plan says how far it can be at most.
     """
 
     file: str | None = None
@@ -31,6 +38,10 @@ class SearchOptions:
     data: Degree | None = None
     fsdp: Degree | None = None
     tensor: Degree | None = None
+    zero1: Degree | None = None
     sequence_parallel: bool | None = None
     recompute: Literal["none", "selective", "full"] | None = None
     microbatch: Degree | None = None
+    stages: Degree | None = None
+    fix: str | None = None
+    epsilon: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from shardpar.spec.cluster import Cluster, Link
 from shardpar.spec.mesh import Axes, Mesh
-from shardpar.spec.plan import Stage
 
 OVERLAP = 0.5
 """Share of gradient and parameter traffic assumed to hide behind compute, until it is measured."""
@@ -58,13 +57,9 @@ def rates(cluster: Cluster, devices: tuple[int, ...], dtype: str) -> Rates:
     )
 
 
-def link_of(cluster: Cluster, stage: Stage, axes: Axes) -> Link:
+@functools.lru_cache(maxsize=65536)
+def link_over(cluster: Cluster, devices: tuple[int, ...], mesh: Mesh, axes: Axes) -> Link:
     """The slowest link that a collective over some of a stage's axes crosses, in any group."""
-    return _slowest(cluster, stage.devices, stage.mesh, axes)
-
-
-@functools.lru_cache(maxsize=4096)
-def _slowest(cluster: Cluster, devices: tuple[int, ...], mesh: Mesh, axes: Axes) -> Link:
     near, starts = group(mesh, axes), group(mesh, mesh.without(axes))
     links = {cluster.link_among(tuple(devices[s + i] for i in near)) for s in starts}
     return min(links, key=lambda link: link.bandwidth)

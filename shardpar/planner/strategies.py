@@ -1,91 +1,128 @@
-"""What the first planner may choose: one strategy for all layers, its degrees and micro-batch."""
+"""What a layer may do on a mesh: every strategy that the user's pins allow."""
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import get_args
 
+from shardpar.errors import PlanError
 from shardpar.planner.options import SearchOptions
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Recompute
-from shardpar.spec.select import every_layer
+from shardpar.spec.select import select
+
+_DEGREES = ("data", "fsdp", "tensor", "zero1")
+_PINNED = (*_DEGREES, "recompute", "sequence_parallel")
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One uniform choice: the strategy of every layer and the sequences per micro-batch."""
+class Pins:
+    """What must hold for a layer; None leaves a choice open. Fields as in SearchOptions."""
 
-    strategy: LayerStrategy
-    microbatch: int
-
-    def describe(self, mesh: Mesh) -> str:
-        """As people write it: "dp2 fsdp2 tp2 sp, recompute full, micro-batch 8"."""
-        s = self.strategy
-        plain = mesh.without((*s.tensor, *s.fsdp, *s.zero1))
-        degrees = [
-            f"{name}{mesh.size_of(axes)}"
-            for name, axes in (
-                ("dp", plain), ("zero", s.zero1), ("fsdp", s.fsdp), ("tp", s.tensor)
-            )
-            if axes
-        ] or ["one device"]  # fmt: skip
-        text = " ".join(degrees) + (" sp" if s.sequence_parallel else "")
-        if s.recompute != "none":
-            text += f", recompute {s.recompute}"
-        return f"{text}, micro-batch {self.microbatch}"
+    data: int | None = None
+    fsdp: int | None = None
+    tensor: int | None = None
+    zero1: int | None = None
+    sequence_parallel: bool | None = None
+    recompute: Recompute | None = None
+    microbatch: int | None = None
 
 
-def candidates(
-    graph: LayerGraph, mesh: Mesh, global_batch: int, options: SearchOptions
-) -> Iterator[Candidate]:
-    """Every uniform choice that the user's pins allow.
+def layer_strategies(mesh: Mesh, pins: Pins = Pins()) -> Iterator[LayerStrategy]:
+    """Every strategy of a layer that the pins allow, its `layers` left empty.
 
     Tensor parallelism takes the innermost axes, where links are fastest; fsdp the
-    next; plain data parallelism the outermost.
+    next; then the optimizer state's split; plain data parallelism the outermost.
 
-    Args:
-      graph: the model; its layers give the selector and the sequence length.
-      mesh: the stage's mesh.
-      global_batch: sequences per step.
-      options: pinned degrees are kept, the others enumerated.
+    >>> [describe(s, Mesh.factored(2)) for s in layer_strategies(Mesh.factored(2), Pins(tensor=1))]
+    ... # doctest: +ELLIPSIS
+    ['dp2', 'dp2, recompute selective', 'dp2, recompute full', 'zero1-2', ...]
     """
-    selector = every_layer(graph)
     names = mesh.names
-    recomputes: tuple[Recompute, ...] = ("none", "selective", "full")
-    for tensor_from in range(len(names), -1, -1):
+    count = len(names)
+    for tensor_from in range(count, -1, -1):
         tensor = names[tensor_from:]
-        if not _allowed(options.tensor, mesh.size_of(tensor)):
+        if pins.tensor not in (None, mesh.size_of(tensor)):
             continue
-        shards = mesh.size_of(names[:tensor_from])
         for fsdp_from in range(tensor_from, -1, -1):
-            fsdp, data = names[fsdp_from:tensor_from], names[:fsdp_from]
-            if not _allowed(options.fsdp, mesh.size_of(fsdp)):
+            fsdp, outer = names[fsdp_from:tensor_from], names[:fsdp_from]
+            if pins.fsdp not in (None, mesh.size_of(fsdp)):
                 continue
-            if not _allowed(options.data, mesh.size_of(data)):
+            if pins.data not in (None, mesh.size_of(outer)):
                 continue
-            for parallel in (True, False) if tensor else (False,):
-                if tensor and options.sequence_parallel not in (None, parallel):
+            for zero_from in range(fsdp_from, -1, -1):
+                zero1 = names[zero_from:fsdp_from]
+                if pins.zero1 not in (None, mesh.size_of(zero1)):
                     continue
-                for recompute in recomputes:
-                    if options.recompute not in (None, recompute):
+                for parallel in (True, False) if tensor else (False,):
+                    if tensor and pins.sequence_parallel not in (None, parallel):
                         continue
-                    strategy = LayerStrategy(selector, tensor, fsdp, (), parallel, recompute)
-                    for microbatch in _microbatches(global_batch, shards, options):
-                        yield Candidate(strategy, microbatch)
+                    for recompute in get_args(Recompute):
+                        if pins.recompute in (None, recompute):
+                            yield LayerStrategy("", tensor, fsdp, zero1, parallel, recompute)
 
 
-def _allowed(pinned: int | None, degree: int) -> bool:
-    return pinned is None or pinned == degree
+def pins_of(graph: LayerGraph, options: SearchOptions) -> dict[str, Pins]:
+    """The pins of each layer: those for all, and `options.fix` on top.
+
+    Raises:
+      PlanError: `fix` cannot be read, names a layer or key that is not there, or a bad value.
+    """
+    common = Pins(
+        options.data, options.fsdp, options.tensor, options.zero1, options.sequence_parallel,
+        options.recompute, options.microbatch,
+    )  # fmt: skip
+    pins = {layer.name: common for layer in graph.layers}
+    for entry in (options.fix or "").split(";"):
+        if not entry.strip():
+            continue
+        selector, *settings = entry.split()
+        if not settings:
+            raise PlanError(
+                f'plan.fix: "{entry.strip()}" fixes nothing; write layers, then what holds for '
+                'them: "blocks[0:4] tensor=2 recompute=full"'
+            )
+        fixed = dict(_setting(text, entry.strip()) for text in settings)
+        for layer in select(selector, graph):
+            pins[layer.name] = replace(pins[layer.name], **fixed)  # type: ignore[arg-type]
+    return pins
 
 
-def _microbatches(global_batch: int, shards: int, options: SearchOptions) -> list[int]:
-    """Micro-batches over all shards, largest first."""
-    if options.microbatch is not None:
-        size = options.microbatch * shards
-        return [size] if global_batch % size == 0 else []
-    return [
-        size
-        for size in range(global_batch, 0, -1)
-        if global_batch % size == 0 and size % shards == 0
-    ]
+def _setting(text: str, entry: str) -> tuple[str, int | bool | str]:
+    key, equals, value = text.partition("=")
+    if not equals or key not in _PINNED:
+        near = difflib.get_close_matches(key, _PINNED, 1)
+        raise PlanError(
+            f'plan.fix: "{entry}": {text} is not one of {", ".join(_PINNED)} with a value'
+            + (f'; did you mean "{near[0]}"?' if near else "")
+        )
+    if key in _DEGREES and re.fullmatch(r"[1-9]\d{0,5}", value):
+        return key, int(value)
+    if key == "recompute" and value in get_args(Recompute):
+        return key, value
+    if key == "sequence_parallel" and value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
+    wanted = {
+        "recompute": " or ".join(get_args(Recompute)),
+        "sequence_parallel": "true or false",
+    }.get(key, "a degree, 1 or more")
+    raise PlanError(f'plan.fix: "{entry}": {key} is "{value}"; write {wanted}')
+
+
+def describe(strategy: LayerStrategy, mesh: Mesh) -> str:
+    """As people write it: "dp2 zero1-2 fsdp2 tp2 sp, recompute full"."""
+    plain = mesh.without((*strategy.tensor, *strategy.fsdp, *strategy.zero1))
+    degrees = [
+        f"{name}{mesh.size_of(axes)}"
+        for name, axes in (
+            ("dp", plain), ("zero1-", strategy.zero1), ("fsdp", strategy.fsdp),
+            ("tp", strategy.tensor),
+        )
+        if axes
+    ] or ["one device"]  # fmt: skip
+    text = " ".join(degrees) + (" sp" if strategy.sequence_parallel else "")
+    return text + (f", recompute {strategy.recompute}" if strategy.recompute != "none" else "")

@@ -6,7 +6,7 @@ import difflib
 
 from shardpar.errors import PlanError
 from shardpar.spec.cluster import Cluster
-from shardpar.spec.graph import Layer, LayerGraph
+from shardpar.spec.graph import LayerClass, LayerGraph
 from shardpar.spec.mesh import Mesh
 from shardpar.spec.parameters import activation_layout, optimizer_layout
 from shardpar.spec.plan import TENSOR_DIMS, LayerStrategy, Pipeline, Plan
@@ -81,7 +81,10 @@ def _check_pipeline(pipeline: Pipeline, plan: Plan, graph: LayerGraph) -> None:
             if layer.name in chosen and (layer.class_name, chosen[layer.name]) not in seen:
                 seen.add((layer.class_name, chosen[layer.name]))
                 try:
-                    _check_layer(layer, chosen[layer.name], pipeline, plan, graph, stage.mesh)
+                    check_layer(
+                        graph.class_of(layer), chosen[layer.name], pipeline.microbatch, stage.mesh,
+                        plan.tensor_dims,
+                    )  # fmt: skip
                 except PlanError as error:
                     raise PlanError(f"layer {layer.name}: {error}") from None
     rest = [layer.name for layer in graph.layers[position:]]
@@ -96,21 +99,24 @@ def _left_out(names: list[str]) -> PlanError:
     )
 
 
-def _check_layer(
-    layer: Layer,
+def check_layer(
+    cls: LayerClass,
     strategy: LayerStrategy,
-    pipeline: Pipeline,
-    plan: Plan,
-    graph: LayerGraph,
+    microbatch: int,
     mesh: Mesh,
+    tensor_dims: tuple[str, ...] = TENSOR_DIMS,
 ) -> None:
-    cls = graph.class_of(layer)
+    """Verifies that layers of a class can run under a strategy on a mesh.
+
+    Raises:
+      PlanError: naming the parameter, the micro-batch or the sequence that cannot be split.
+    """
     for parameter in (*cls.parameters, *cls.tied):
-        optimizer_layout(parameter, strategy, mesh, plan.tensor_dims)
+        optimizer_layout(parameter, strategy, mesh, tensor_dims)
     shards = mesh.size_of(strategy.data_axes(mesh))
-    if pipeline.microbatch % shards:
+    if microbatch % shards:
         raise PlanError(
-            f"micro-batches of {pipeline.microbatch} sequences cannot be split over "
+            f"micro-batches of {microbatch} sequences cannot be split over "
             f"{shards} data shards (axes {','.join(strategy.data_axes(mesh))}); "
             f"use a multiple of {shards}"
         )

@@ -13,6 +13,9 @@ from functools import cached_property
 
 from shardpar.errors import SpecError
 
+OUTSIDE = "outside"
+"""Name of the layer that stands for what the model computes outside marked layers."""
+
 DTYPE_BYTES = {
     "bool": 1, "int8": 1, "uint8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1,
     "int16": 2, "uint16": 2, "float16": 2, "bfloat16": 2,

@@ -89,7 +89,7 @@ def compile(
     if plan is None:
         here = local_cluster(devices) if cluster is None else cluster
         work = workload(captured, optimizer, program, captured.graph.batch)
-        plan = planned(captured.graph, here, work, options).plan
+        plan = planned(captured.graph, here, work, runnable(options)).plan
     return Program(captured, plan, optimizer, program, devices)
 
 
@@ -108,6 +108,11 @@ def workload(
         optimizer_slots=round(slots, 3),
         loops=program.layers != "unroll",
     )
+
+
+def runnable(options: SearchOptions) -> SearchOptions:
+    """The options for a plan that is to be trained here: this version runs one stage."""
+    return options if options.stages else replace(options, stages=1)
 
 
 def planned(

@@ -1,0 +1,159 @@
+"""Which layers each stage of a pipeline gets: exact for the stated objective, with a bound.
+
+A step of a pipeline with m micro-batches is priced as sum(t) + (m - 1) * max(t), with t
+the seconds of each stage (Alpa, arXiv 2201.12023). For any cap on max(t) the fastest
+division is a dynamic programme over layers; caps are lowered until none can win.
+Seconds of a stage start as lower bounds that cost nothing and are replaced by exact
+ones only where the best division uses them, so few stages are ever solved.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+Exact = Callable[[int, int, int], float]
+"""Exact seconds of (stage, first layer, end layer): inf where nothing fits."""
+
+
+@dataclass(frozen=True)
+class Division:
+    """Layers for the stages of one pipeline.
+
+    Attributes:
+      cuts: stage s has the layers cuts[s] to cuts[s + 1].
+      step_s: of the objective.
+      lower_bound_s: no division is faster.
+    """
+
+    cuts: tuple[int, ...]
+    step_s: float
+    lower_bound_s: float
+
+
+@dataclass
+class StageSeconds:
+    """Seconds of every stage for every range of layers: bounds, made exact on demand.
+
+    Attributes:
+      lower: per stage, [layers + 1, layers + 1]: from layer i to j; inf where nothing fits.
+      exact: the function that solves one stage.
+    """
+
+    lower: list[np.ndarray]
+    exact: Exact
+    known: set[tuple[int, int, int]] = field(default_factory=set)
+
+    def solve(self, stage: int, first: int, end: int) -> float:
+        """Exact seconds of one stage, remembered."""
+        key = (stage, first, end)
+        if key not in self.known:
+            self.known.add(key)
+            self.lower[stage][first, end] = self.exact(stage, first, end)
+        return float(self.lower[stage][first, end])
+
+
+def divide(
+    table: StageSeconds, microbatches: int, epsilon: float = 0.0, cutoff: float = math.inf
+) -> Division | None:
+    """The fastest division of all layers over all stages, in order, each with at least one.
+
+    Args:
+      table: seconds; its bounds are made exact along the way.
+      microbatches: m of the objective.
+      epsilon: stop when a division is within this fraction of the bound.
+      cutoff: divisions that take longer are of no interest.
+
+    Returns:
+      The division; None if none takes less than `cutoff`. Its bound is then at least `cutoff`.
+
+    >>> seconds = np.array([[0, 1.0, 2.0, 3.0], [9, 0, 1.0, 2.0], [9, 9, 0, 1.0], [9, 9, 9, 0]])
+    >>> table = StageSeconds([seconds.copy(), seconds.copy()], lambda s, i, j: float(j - i))
+    >>> divide(table, microbatches=4).cuts
+    (0, 1, 3)
+    """
+    best: Division | None = None
+    while True:
+        bound_s, cuts = relaxed(table.lower, microbatches)
+        reached = min(cutoff, best.step_s if best else math.inf)
+        if bound_s >= reached * (1 - epsilon):
+            if best is None:
+                return None
+            return Division(best.cuts, best.step_s, min(bound_s, best.step_s))
+        if not cuts:
+            return None
+        times = [
+            table.solve(stage, first, end)
+            for stage, (first, end) in enumerate(itertools.pairwise(cuts))
+        ]
+        step_s = math.fsum(times) + (microbatches - 1) * max(times)
+        if step_s < (best.step_s if best else math.inf):
+            best = Division(cuts, step_s, bound_s)
+
+
+def relaxed(lower: Sequence[np.ndarray], microbatches: int) -> tuple[float, tuple[int, ...]]:
+    """The best division for these seconds as they stand, and its step; (inf, ()) if there is none.
+
+    Divisions with a smaller slowest stage are asked for one after another, until
+    what the smallest possible one could save no longer helps.
+    """
+    best = math.inf
+    best_cuts: tuple[int, ...] = ()
+    cap = math.inf
+    least, _ = most_even(lower)
+    if not math.isfinite(least):
+        return math.inf, ()
+    while True:
+        total, cuts = _fastest_below(lower, cap)
+        if not cuts or total + (microbatches - 1) * least >= best:
+            return best, best_cuts
+        times = [lower[s][a, b] for s, (a, b) in enumerate(itertools.pairwise(cuts))]
+        slowest = float(max(times))
+        step_s = math.fsum(times) + (microbatches - 1) * slowest
+        if step_s < best:
+            best, best_cuts = step_s, cuts
+        if microbatches == 1 or slowest <= least:
+            return best, best_cuts
+        cap = slowest
+
+
+def _fastest_below(lower: Sequence[np.ndarray], cap: float) -> tuple[float, tuple[int, ...]]:
+    """The division with the smallest sum whose stages all take less than `cap`."""
+    layers = lower[0].shape[0] - 1
+    reach = np.full(layers + 1, np.inf)
+    reach[0] = 0.0
+    came: list[np.ndarray] = []
+    for stage in lower:
+        through = reach[:, None] + (
+            stage if math.isinf(cap) else np.where(stage < cap, stage, np.inf)
+        )
+        came.append(through.argmin(axis=0))
+        reach = through[came[-1], np.arange(layers + 1)]
+    if not np.isfinite(reach[layers]):
+        return math.inf, ()
+    cuts = [layers]
+    for back in reversed(came):
+        cuts.append(int(back[cuts[-1]]))
+    return float(reach[layers]), tuple(reversed(cuts))
+
+
+def most_even(costs: Sequence[np.ndarray]) -> tuple[float, tuple[int, ...]]:
+    """The division whose costliest stage costs least, and that cost; (inf, ()) if there is none."""
+    layers = costs[0].shape[0] - 1
+    reach = np.full(layers + 1, np.inf)
+    reach[0] = 0.0
+    came: list[np.ndarray] = []
+    for stage in costs:
+        through = np.maximum(reach[:, None], stage)
+        came.append(through.argmin(axis=0))
+        reach = through[came[-1], np.arange(layers + 1)]
+    if not np.isfinite(reach[layers]):
+        return math.inf, ()
+    cuts = [layers]
+    for back in reversed(came):
+        cuts.append(int(back[cuts[-1]]))
+    return float(reach[layers]), tuple(reversed(cuts))
