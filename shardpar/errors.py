@@ -7,6 +7,7 @@
     │   │   └── PlanError      a plan that contradicts its graph or its cluster
     │   │       └── InfeasibleError   nothing fits in memory; says by how much
     │   ├── CaptureError       a model that cannot be captured
+    │   ├── TargetError        machines that nothing here can compile for
     │   └── DataError          data that is missing or malformed
     └── RunError               the run failed; the command line exits with 1
         └── CheckpointError    a checkpoint is damaged or missing
@@ -39,6 +40,10 @@ class SpecError(UserError):
 
 class PlanError(SpecError):
     """A plan contradicts the layer graph or the cluster it is meant for."""
+
+
+class TargetError(UserError):
+    """There is no compiler for the machines a plan is to be verified on, or it failed."""
 
 
 class InfeasibleError(PlanError):

@@ -53,6 +53,11 @@ def call_jaxpr(eqn: Any) -> Any:
     return eqn.params["jaxpr"]
 
 
+def call_equations(params: Any) -> list[Any]:
+    """The equations of what a call primitive with these parameters calls."""
+    return [eqn for sub in core.jaxprs_in_params(params) for eqn in sub.eqns]
+
+
 def contains(closed: Any, test: Callable[[Any], bool]) -> bool:
     """Whether any equation, at any depth, passes a test."""
     for eqn in closed.jaxpr.eqns if hasattr(closed, "jaxpr") else closed.eqns:
@@ -73,6 +78,50 @@ def residuals(function: Callable[..., Any], *args: Any) -> list[Any]:
         if id(leaf) not in own:
             kept[id(leaf)] = leaf
     return list(kept.values())
+
+
+def inner_jaxpr(eqn: Any) -> Any | None:
+    """What a call primitive calls with its own inputs; None for other primitives."""
+    if eqn.primitive.name not in (
+        "jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
+        "custom_jvp_call", "custom_vjp_call",
+    ):  # fmt: skip
+        return None
+    return next(iter(core.jaxprs_in_params(eqn.params)), None)
+
+
+def scan_residuals(
+    function: Callable[..., Any], carry: Any, xs: Sequence[Any]
+) -> tuple[Any, list[int | None], list[Any]]:
+    """What a loop over `function(carry, *x) -> carry` keeps, turn by turn, for its backward.
+
+    What does not change from turn to turn, a mask, is kept once and is not among it.
+
+    Args:
+      function: the body.
+      carry: ShapeDtypeStruct of the carry.
+      xs: ShapeDtypeStructs of one turn's other inputs.
+
+    Returns:
+      The forward loop's body (a jaxpr); for each of its inputs which of `xs` it is, or
+      None; and the body's variables that are kept.
+    """
+
+    def loop(carry: Any, xs: Any) -> Any:
+        return jax.lax.scan(lambda c, x: (function(c, *x), None), carry, xs)[0]
+
+    def both(carry: Any, *xs: Any) -> Any:
+        out, pullback = jax.vjp(loop, carry, xs)
+        return pullback(out)
+
+    stacked = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in xs]
+    outer = jax.make_jaxpr(both)(carry, *stacked).jaxpr
+    eqn = next(eqn for eqn in outer.eqns if eqn.primitive.name == "scan")
+    place = {v: i - 1 for i, v in enumerate(outer.invars) if i}
+    body = eqn.params["jaxpr"].jaxpr
+    which = [None if is_literal(v) else place.get(v) for v in eqn.invars]
+    kept = body.outvars[eqn.params["num_carry"] :]
+    return body, which, [v for v in kept if not is_literal(v)]
 
 
 def matmul_flops(jaxpr: Any) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from shardpar.capture._compat import (
     as_function,
@@ -22,9 +23,11 @@ from shardpar.capture._compat import (
     residuals,
     subjaxpr,
 )
+from shardpar.capture.chain import chain_of
 from shardpar.capture.cut import CutProgram, LayerCall, cut
 from shardpar.capture.layers import marked_class
 from shardpar.capture.model import AbstractModel, Init, Loss, abstract_model
+from shardpar.capture.recompute import policy_of
 from shardpar.errors import CaptureError
 from shardpar.spec.graph import OUTSIDE, Activation, Layer, LayerClass, LayerGraph, Parameter
 
@@ -56,6 +59,7 @@ def trace(
     compute_dtype: str = "float32",
     causal: bool = False,
     notify: Callable[[str], None] = lambda _: None,
+    device: Any = None,
 ) -> Captured:
     """Captures a model as a graph of layers.
 
@@ -66,6 +70,8 @@ def trace(
       compute_dtype: float dtype inside the model.
       causal: attention is masked above the diagonal; halves its FLOPs in the MFU.
       notify: told each class before it is compiled, for a progress line.
+      device: whose compiler is asked for the scratch of each layer, present or
+        described (`lowering.target`); None leaves it at what this CPU's says of one layer.
 
     Returns:
       The graph, with what lowering needs to trace the model again.
@@ -111,7 +117,7 @@ def trace(
             notify(name)
             classes[fingerprint] = _price(
                 name, piece, [t[position] if t and len(t) == len(pieces) else None for t in twins],
-                model,
+                model, device,
             )  # fmt: skip
         layers.append(
             Layer(
@@ -212,7 +218,7 @@ def _fingerprint(piece: _Piece, model: AbstractModel, texts: dict[int, Any]) -> 
 
 
 def _price(
-    name: str, piece: _Piece, twins: list[_Piece | None], model: AbstractModel
+    name: str, piece: _Piece, twins: list[_Piece | None], model: AbstractModel, device: Any
 ) -> LayerClass:
     inputs = [v.aval for v in piece.closed.jaxpr.invars]
     outputs = [v.aval for v in piece.closed.jaxpr.outvars]
@@ -230,7 +236,7 @@ def _price(
         for activation in [_activation(aval, i, twins, "outvars")]
         if activation is not None
     ]
-    forward, both, temp_bytes, saved = _compile_costs(piece)
+    costs = _compile_costs(piece, model, device)
     prefix = len(piece.path) + 1 if piece.path else 0
     products, attention = matmul_flops(piece.closed.jaxpr)
     return LayerClass(
@@ -239,21 +245,32 @@ def _price(
         tied=tuple(_parameter(short, full, model) for short, full in sorted(piece.tied.items())),
         inputs=tuple(activations_in),
         outputs=tuple(activations_out),
-        forward_flops=forward["flops"],
-        backward_flops=max(0.0, both["flops"] - forward["flops"]),
-        forward_bytes=forward["bytes accessed"],
-        backward_bytes=max(0.0, both["bytes accessed"] - forward["bytes accessed"]),
-        saved_bytes=tuple(saved.items()),
-        temp_bytes=temp_bytes,
+        forward_flops=costs.forward["flops"],
+        backward_flops=max(0.0, costs.both["flops"] - costs.forward["flops"]),
+        forward_bytes=costs.forward["bytes accessed"],
+        backward_bytes=max(0.0, costs.both["bytes accessed"] - costs.forward["bytes accessed"]),
+        saved_bytes=tuple(costs.saved.items()),
+        temp_bytes=costs.temp_bytes,
         matmul_flops=products,
         attention_flops=attention,
+        whole_bytes=tuple(costs.whole.items()),
+        scratch_bytes=tuple(costs.scratch.items()),
     )
 
 
-def _compile_costs(
-    piece: _Piece,
-) -> tuple[dict[str, float], dict[str, float], float, dict[str, float]]:
-    """(forward cost, forward + backward cost, scratch bytes, saved bytes by recompute)."""
+@dataclass(frozen=True)
+class _Costs:
+    """XLA's figures of one piece; bytes by recompute choice."""
+
+    forward: dict[str, float]
+    both: dict[str, float]
+    temp_bytes: float
+    saved: dict[str, float]
+    whole: dict[str, float]
+    scratch: dict[str, float]
+
+
+def _compile_costs(piece: _Piece, model: AbstractModel, device: Any) -> _Costs:
     avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in piece.closed.jaxpr.invars]
     function = as_function(piece.closed)
     floats = [i for i, a in enumerate(avals) if jnp.issubdtype(a.dtype, jnp.floating)]
@@ -272,27 +289,44 @@ def _compile_costs(
         out, pullback = jax.vjp(of_floats(args), *[args[i] for i in floats])
         return out, pullback(cotangents)
 
-    def kept(args: Any, policy: Any) -> Any:
+    cotangents = jax.eval_shape(lambda args: of_floats(args)(*[args[i] for i in floats]), avals)
+    compiled_forward = jax.jit(lambda args: function(*args)).lower(avals).compile()
+    compiled_both = jax.jit(both).lower(avals, cotangents).compile()
+    chain = chain_of(piece.closed, piece.parameters, model.dims)
+    if chain is None:
+        kept = {key: _kept(of_floats, floats, avals, key) for key in ("none", "selective")}
+        whole: dict[str, float] = {}
+        scratch: dict[str, float] = {}
+        temp = compiled_both.memory_analysis().temp_size_in_bytes
+        if device is not None:
+            place = SingleDeviceSharding(device)
+            placed = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+                (avals, cotangents),
+            )
+            temp = jax.jit(both).lower(*placed).compile().memory_analysis().temp_size_in_bytes
+    else:
+        kept, whole, scratch = {}, {}, {}
+        for key in ("none", "gathered", "selective"):
+            kept[key], whole[key] = chain.kept_bytes(key)
+        temp = compiled_both.memory_analysis().temp_size_in_bytes
+        for key in ("none", "selective", "full") if device is not None else ():
+            scratch[key] = chain.scratch_bytes(key, device)
+    return _Costs(_cost(compiled_forward), _cost(compiled_both), float(temp), kept, whole, scratch)
+
+
+def _kept(of_floats: Any, floats: list[int], avals: list[Any], recompute: str) -> float:
+    """Bytes a layer that is no link of a chain keeps for its backward."""
+    policy = policy_of(recompute, gathers=False)
+
+    def residuals_of(args: Any) -> Any:
         run = of_floats(args)
         if policy is not None:
             run = jax.checkpoint(run, policy=policy)
         return residuals(run, *[args[i] for i in floats])
 
-    cotangents = jax.eval_shape(lambda args: of_floats(args)(*[args[i] for i in floats]), avals)
-    compiled_forward = jax.jit(lambda args: function(*args)).lower(avals).compile()
-    compiled_both = jax.jit(both).lower(avals, cotangents).compile()
-    saved = {}
-    policies = {"none": None, "selective": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    for recompute, policy in policies.items():
-        shapes = jax.eval_shape(lambda args, policy=policy: kept(args, policy), avals)
-        saved[recompute] = float(sum(x.size * x.dtype.itemsize for x in shapes))
-    memory = compiled_both.memory_analysis()
-    return (
-        _cost(compiled_forward),
-        _cost(compiled_both),
-        float(memory.temp_size_in_bytes),
-        saved,
-    )
+    shapes = jax.eval_shape(residuals_of, avals)
+    return float(sum(x.size * x.dtype.itemsize for x in shapes))
 
 
 def _cost(compiled: Any) -> dict[str, float]:

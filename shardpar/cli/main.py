@@ -18,6 +18,7 @@ from shardpar.cli.doctor import doctor
 from shardpar.cli.explain import explain
 from shardpar.cli.generate import generate
 from shardpar.cli.plan import plan
+from shardpar.cli.profile import profile
 from shardpar.cli.reshard import reshard
 from shardpar.cli.train import train
 from shardpar.errors import ShardparError
@@ -33,6 +34,7 @@ app = typer.Typer(
 )
 for verb in (train, plan, explain, reshard, generate, doctor):
     app.command()(verb)
+app.add_typer(profile, name="profile")
 
 
 @app.callback()

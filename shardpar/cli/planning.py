@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,10 @@ import jax.numpy as jnp
 import yaml
 
 from shardpar.capture.trace import Captured, trace
+from shardpar.cli.plan_page import Compiled as PageCompiled
+from shardpar.cli.plan_page import plan_page
 from shardpar.cli.tables import (
+    both_collectives_table,
     collectives_table,
     console,
     graph_table,
@@ -21,14 +24,20 @@ from shardpar.cli.tables import (
     print_json,
     shardings_view,
 )
+from shardpar.cli.verifying import Attempt, verify_table
+from shardpar.cli.verifying import verify as run_verify
+from shardpar.cli.why import against_table, verdict, why_lines, why_tables
 from shardpar.config.model_source import build_options, find_model, load_model_source
 from shardpar.config.schema import RunConfig
 from shardpar.errors import ConfigError, UserError
 from shardpar.lowering.collectives import collectives
 from shardpar.lowering.devices import local_cluster, use_virtual_devices
 from shardpar.lowering.program import Program
-from shardpar.planner.cost import PlanCost, plan_cost
+from shardpar.lowering.target import Target, prepare_environment, single, target_of
+from shardpar.planner.cost import PlanCost, Workload, plan_cost, predicted_collectives
 from shardpar.planner.search import SearchResult, memory_limit
+from shardpar.planner.simulate import simulate
+from shardpar.planner.trace_export import perfetto_trace
 from shardpar.run.progress import Progress
 from shardpar.spec.check import check
 from shardpar.spec.cluster import Cluster
@@ -46,8 +55,20 @@ class Planned:
     plan: Plan
     cost: PlanCost
     cluster: Cluster
+    work: Workload
     found: SearchResult | None
     limit_bytes: float
+    fraction: float
+
+    @property
+    def limits_bytes(self) -> tuple[float, ...]:
+        """Per stage, what its smallest device may hold of the plan."""
+        share = self.fraction
+        return tuple(
+            share * min(self.cluster.kind_of(d).memory_bytes for d in stage.devices)
+            for pipeline in self.plan.pipelines
+            for stage in pipeline.stages
+        )
 
 
 def use_devices(devices: int | None) -> None:
@@ -68,8 +89,10 @@ def use_devices(devices: int | None) -> None:
         ) from None
 
 
-def capture(config: RunConfig, notify: Callable[[str], None] = lambda _: None) -> Captured:
-    """Captures a config's model for its batch."""
+def capture(
+    config: RunConfig, notify: Callable[[str], None] = lambda _: None, device: Any = None
+) -> Captured:
+    """Captures a config's model for its batch; `device` as in `capture.trace`."""
     module = load_model_source(find_model(config.model.source))
     options = build_options(module, config.model)
     shape = (config.train.global_batch, config.data.sequence_length)
@@ -81,13 +104,14 @@ def capture(config: RunConfig, notify: Callable[[str], None] = lambda _: None) -
         compute_dtype=config.program.compute_dtype,
         causal=bool(getattr(module, "CAUSAL", False)),
         notify=notify,
+        device=device,
     )
 
 
-def capture_aloud(config: RunConfig) -> Captured:
+def capture_aloud(config: RunConfig, device: Any = None) -> Captured:
     """Captures, with a progress line and the warnings."""
     with Progress() as progress, progress.phase("capturing the model"):
-        captured = capture(config)
+        captured = capture(config, device=device)
         for warning in captured.warnings:
             progress.say(f"note: {warning}")
     return captured
@@ -113,7 +137,16 @@ def make_plan(
         if cluster is None or runs_here:
             options = compilation.runnable(options)
         found = compilation.planned(captured.graph, machines, work, options)
-        return Planned(captured, found.plan, found.cost, machines, found, limit)
+        return Planned(
+            captured,
+            found.plan,
+            found.cost,
+            machines,
+            work,
+            found,
+            limit,
+            config.plan.memory_fraction,
+        )
     plan = compilation.read_plan(config.plan.file, captured.graph)
     if plan.global_batch != config.train.global_batch:
         raise ConfigError(
@@ -122,7 +155,7 @@ def make_plan(
         )
     check(plan, captured.graph, machines)
     cost = plan_cost(plan, captured.graph, machines, work)
-    return Planned(captured, plan, cost, machines, None, limit)
+    return Planned(captured, plan, cost, machines, work, None, limit, config.plan.memory_fraction)
 
 
 def lower(config: RunConfig, planned: Planned) -> Program:
@@ -131,20 +164,103 @@ def lower(config: RunConfig, planned: Planned) -> Program:
     return Program(planned.captured, planned.plan, optimizer, config.program)
 
 
+@dataclass(frozen=True)
+class Show:
+    """What `shardpar plan` shows besides the plan.
+
+    Attributes:
+      why: where each layer's milliseconds and bytes come from.
+      against: a plan file to compare with.
+      html, trace: files to write pictures and the simulated timeline to.
+    """
+
+    why: bool = False
+    against: str | None = None
+    html: str | None = None
+    trace: str | None = None
+
+
 def plan(
-    config: RunConfig, cluster: Cluster | None, *, devices: int | None, out: str | None, json: bool
+    config: RunConfig,
+    cluster: Cluster | None,
+    *,
+    devices: int | None,
+    out: str | None,
+    json: bool,
+    show: Show = Show(),
+    verify: bool = False,
 ) -> None:
     """`shardpar plan`."""
-    use_devices(devices)
-    planned = make_plan(config, capture_aloud(config), cluster)
+    attempt: Attempt | None = None
+    if verify and cluster is not None:
+        target = target_of(cluster)
+        prepare_environment()
+        use_devices(devices)
+        captured = capture_aloud(config, single(target))
+        config, attempt = _verify(config, captured, cluster, target)
+    else:
+        use_devices(devices)
+        captured = capture_aloud(config)
+    planned = make_plan(config, captured, cluster, runs_here=verify)
     if out:
         write_text(Path(out), plan_to_text(planned.plan))
+    timeline = simulate(planned.plan, planned.cost)
+    if show.trace:
+        write_text(Path(show.trace), perfetto_trace(planned.plan, timeline))
+    if show.html:
+        page = plan_page(
+            planned.plan, captured.graph, planned.cost, timeline, planned.limits_bytes,
+            None if attempt is None else _compiled_for_page(attempt),
+        )  # fmt: skip
+        write_text(Path(show.html), page)
     if json:
-        print_json(_plan_json(planned))
+        print_json(_plan_json(planned, attempt))
         return
     show_plan(planned)
-    if out:
-        console(stderr=True).print(f"written to {out}", highlight=False)
+    screen = console()
+    pair = (planned.plan, planned.cost)
+    if show.why:
+        for table in why_tables(planned.plan, captured.graph, planned.cost):
+            screen.print(table)
+        for line in why_lines(*pair):
+            screen.print(line, highlight=False)
+    if show.against:
+        other = make_plan(
+            replace(config, plan=replace(config.plan, file=show.against, fix=None)),
+            captured, cluster,
+        )  # fmt: skip
+        theirs = (other.plan, other.cost)
+        screen.print(against_table(pair, theirs, planned.limit_bytes))
+        screen.print(verdict(pair, theirs, planned.limit_bytes), highlight=False)
+    if attempt is not None:
+        screen.print(verify_table(attempt, captured.graph))
+        predicted = predicted_collectives(
+            planned.plan, captured.graph, planned.cluster, planned.work
+        )
+        screen.print(both_collectives_table(predicted, attempt.compiled.collectives))
+    for path in (out, show.html, show.trace):
+        if path:
+            console(stderr=True).print(f"written to {path}", highlight=False)
+
+
+def _verify(
+    config: RunConfig, captured: Captured, cluster: Cluster, target: Target
+) -> tuple[RunConfig, Attempt]:
+    def make(config: RunConfig) -> tuple[Plan, PlanCost]:
+        planned = make_plan(config, captured, cluster, runs_here=True)
+        return planned.plan, planned.cost
+
+    with Progress() as progress, progress.phase(f"compiling for {target}"):
+        config, attempts = run_verify(config, captured, cluster, target, make, progress.say)
+    return config, attempts[-1]
+
+
+def _compiled_for_page(attempt: Attempt) -> PageCompiled:
+    compiled = attempt.compiled
+    return PageCompiled(
+        compiled.target, compiled.argument_bytes, compiled.temp_bytes, attempt.predicted_bytes,
+        tuple((c.kind, c.group_size, c.count, c.num_bytes) for c in compiled.collectives),
+    )  # fmt: skip
 
 
 def explain(
@@ -253,16 +369,33 @@ def show_plan(planned: Planned) -> None:
         screen.print(f"{count} rejected: {reason}", style="dim", highlight=False)
 
 
-def _plan_json(planned: Planned) -> dict[str, Any]:
+def _plan_json(planned: Planned, attempt: Attempt | None = None) -> dict[str, Any]:
     objective = planned.plan.objective
-    return {
+    out: dict[str, Any] = {
         "plan": plan_to_text(planned.plan),
         "step_s": planned.cost.step_s,
+        "simulated_s": simulate(planned.plan, planned.cost).step_s,
         "peak_bytes": planned.cost.peak_bytes,
         "lower_bound_s": objective.lower_bound_s if objective else None,
         "gap": objective.gap if objective else None,
         "search_s": objective.search_s if objective else None,
     }
+    if attempt is not None:
+        compiled = attempt.compiled
+        predicted = predicted_collectives(
+            planned.plan, planned.captured.graph, planned.cluster, planned.work
+        )
+        out["compiled"] = {
+            "target": compiled.target,
+            "argument_bytes": compiled.argument_bytes,
+            "temp_bytes": compiled.temp_bytes,
+            "collectives": [vars(c) for c in compiled.collectives],
+            "predicted_collectives": [
+                dict(zip(("kind", "group_size", "count", "num_bytes"), c, strict=True))
+                for c in predicted
+            ],
+        }
+    return out
 
 
 def write_text(path: Path, text: str) -> None:
@@ -273,6 +406,6 @@ def write_text(path: Path, text: str) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None

@@ -16,6 +16,7 @@ from rich.text import Text
 from shardpar.config.save import to_yaml
 from shardpar.config.schema import RunConfig
 from shardpar.errors import PlanError
+from shardpar.lowering.collectives import Collective
 from shardpar.planner.cost import PlanCost
 from shardpar.planner.strategies import describe
 from shardpar.spec.graph import LayerGraph, Parameter
@@ -191,6 +192,26 @@ def picture(layout: GroupLayout, parameter: Parameter, devices: Sequence[int]) -
             colour = _COLOURS[owners[0] % len(_COLOURS)]
             cells.append(Text(_device_range(tuple(owners)), style=colour))
         table.add_row(_span(r, shard[rows[0]]), *cells)
+    return table
+
+
+def both_collectives_table(
+    predicted: Iterable[tuple[str, int, float, float]], compiled: Iterable[Collective]
+) -> Table:
+    """Collectives of a step by kind and group size: the cost model's and the compiler's."""
+    table = Table(title="collectives of a step, per device", title_justify="left")
+    table.add_column("kind")
+    table.add_column("over", justify="right")
+    for name in ("predicted", "GiB", "compiled", "GiB"):
+        table.add_column(name, justify="right")
+    rows: dict[tuple[str, int], list[str]] = {}
+    for kind, parts, count, size in predicted:
+        rows[kind, parts] = [f"{count:,.0f}", f"{size / GIB:.3f}", "", ""]
+    for c in compiled:
+        row = rows.setdefault((c.kind, c.group_size), ["", "", "", ""])
+        row[2:] = [f"{c.count:,}", f"{c.num_bytes / GIB:.3f}"]
+    for (kind, parts), row in rows.items():
+        table.add_row(kind, str(parts or "?"), *row)
     return table
 
 

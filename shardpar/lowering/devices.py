@@ -15,6 +15,8 @@ from shardpar.spec.datasheet import lookup
 
 _CPU_FLOPS_PER_CORE = 5e10
 _CPU_BANDWIDTH = 2e10
+CPU_EXTRA_COPIES = 0.8
+"""Of XLA:CPU's programs, fitted to compiled ones (benchmarks/memory_error.py)."""
 _UNKNOWN_FLOPS = 1e13
 _UNKNOWN_BANDWIDTH = 5e11
 
@@ -82,6 +84,7 @@ def local_cluster(devices: Sequence[jax.Device] | None = None) -> Cluster:
             _CPU_BANDWIDTH / count,
             source="assumed",
             note=f"{cores} cores shared by {count} devices",
+            extra_copies=CPU_EXTRA_COPIES,
         )
         link = Link(_CPU_BANDWIDTH / 4, 1e-4, "assumed", "copies in memory")
     elif known:

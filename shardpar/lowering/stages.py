@@ -13,18 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 
 from shardpar.capture._compat import as_function, is_literal, run_equation
 from shardpar.capture.cut import CutProgram, LayerCall
+from shardpar.capture.recompute import policy_of
 from shardpar.lowering.runs import Run, steps
 from shardpar.lowering.shardings import constrain, named_sharding
 from shardpar.spec.graph import Activation, LayerGraph, Parameter
 from shardpar.spec.parameters import activation_layout, compute_layout, parameter_layout
 from shardpar.spec.plan import LayerStrategy, Stage
-
-GATHERED = "shardpar_gathered"
 
 Forward = Callable[[Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]], Any]
 
@@ -152,7 +150,7 @@ def _layer(
             for y, a, border in zip(outputs, leaving, at_border, strict=True)
         ]
 
-    policy = _policy(strategy)
+    policy = policy_of(strategy.recompute, bool(strategy.fsdp or strategy.sequence_parallel))
     if policy is not None:
         # A loop already keeps XLA from merging the second computation with the first.
         compute = jax.checkpoint(compute, policy=policy, prevent_cse=not in_loop)
@@ -168,17 +166,6 @@ def _layer(
         ]
 
     return run
-
-
-def _policy(strategy: LayerStrategy) -> Any:
-    policies = jax.checkpoint_policies
-    if strategy.recompute == "full":
-        return policies.nothing_saveable
-    if strategy.recompute == "selective":
-        return policies.dots_with_no_batch_dims_saveable
-    if strategy.fsdp or strategy.sequence_parallel:
-        return policies.save_anything_except_these_names(GATHERED)
-    return None
 
 
 def _gather(
@@ -208,7 +195,7 @@ def _gather(
         return (constrain(constrain(g, gathered) if barrier else g, stored),)
 
     collect.defvjp(lambda x: (collect(x), None), give_back)
-    return checkpoint_name(collect(x), GATHERED)
+    return collect(x)
 
 
 def _activations(

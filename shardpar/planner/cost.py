@@ -12,10 +12,11 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from shardpar.planner.profile import Rates, link_over, rates
 from shardpar.spec.cluster import Cluster, Link
-from shardpar.spec.graph import DTYPE_BYTES, LayerClass, LayerGraph, Parameter
+from shardpar.spec.graph import DTYPE_BYTES, OUTSIDE, LayerClass, LayerGraph, Parameter
 from shardpar.spec.mesh import Axes, GroupLayout, Mesh
 from shardpar.spec.parameters import compute_layout, optimizer_layout, parameter_layout
 from shardpar.spec.plan import TENSOR_DIMS, LayerStrategy, Pipeline, Plan, Stage
@@ -317,32 +318,17 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
         # Matmul results are kept; what is computed again is bound by memory.
         backward_s += cls.forward_bytes * share / degree / speed.memory_bandwidth
 
-    border = sum(a.num_bytes for a in cls.outputs if a.batch_dim is not None) * share
-    rows = sum(_is_row_parallel(p, dims) for p in (*cls.parameters, *cls.tied)) if tensor else 0
-    tensor_s = 2 * rows * _ring_s(2 * border, degree, setting.link(tensor))
-    if strategy.recompute == "full":
-        tensor_s *= 1.5
-    if strategy.sequence_parallel:
-        # Gathered on entry, again for the backward, and once for the gradient at the exit.
-        tensor_s += 3 * _ring_s(border, degree, setting.link(tensor))
-
-    gather_s = sync_s = update_s = cross_s = 0.0
+    moved_s = dict.fromkeys(("tensor", "gather", "sync", "update"), 0.0)
+    for traffic in layer_traffic(cls, strategy, setting):
+        moved_s[traffic.term] += traffic.seconds(setting)
+    tensor_s, gather_s, sync_s = moved_s["tensor"], moved_s["gather"], moved_s["sync"]
+    update_s, cross_s = moved_s["update"], 0.0
     stored = computed = updated = 0.0
     for parameter in cls.parameters:
         at_rest, in_use, update = _pieces(
             parameter, strategy.tensor, strategy.fsdp, strategy.zero1, mesh, dims
         )
         stored, computed, updated = stored + at_rest, computed + in_use, updated + update
-        if at_rest < in_use:
-            fsdp_link = setting.link(strategy.fsdp)
-            parts = mesh.size_of(strategy.fsdp)
-            gather_s += 2 * _ring_s(in_use * item, parts, fsdp_link)
-            sync_s += _ring_s(in_use * item, parts, fsdp_link)
-        whole = tuple(a for a in data if not (at_rest < in_use and a in strategy.fsdp))
-        sync_s += _ring_s(2 * at_rest * item, mesh.size_of(whole), setting.link(whole))
-        if update < at_rest:
-            link = setting.link(strategy.zero1)
-            update_s += _ring_s(at_rest * 4, mesh.size_of(strategy.zero1), link)
     # The optimizer reads and writes master weights, gradient and its own slots once.
     update_s += updated * 4 * (3 + 2 * workload.optimizer_slots) / speed.memory_bandwidth
     if setting.pipelines > 1:
@@ -353,12 +339,25 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
     accumulates = setting.num_microbatches > 1
     if accumulates:
         backward_s += updated * (item + 2 * 4) / speed.memory_bandwidth
+    # Weights are cast once; a loop reads them from a stack, which is the cast itself
+    # unless every micro-batch stacks anew.
     copies = 0.0 if workload.compute_dtype == "float32" else stored * item
-    if workload.loops:
+    if workload.loops and cls.whole_bytes and (accumulates or not copies):
         copies += stored * item
-    gradients = stored * item + (updated * 4 if accumulates or item < 4 else 0.0)
+    gradients = stored * item + (updated * 4 if accumulates else 0.0)
+    copies += speed.extra_copies * (stored * item + updated * 4)
     inner = share / degree
-    kept = cls.saved(strategy.recompute) - cls.input_bytes
+    gathers = bool(strategy.fsdp) or strategy.sequence_parallel
+    kept = cls.saved(strategy.recompute, gathers) - cls.input_bytes
+    whole = cls.whole(strategy.recompute, gathers)
+    saved = whole * share + (kept - whole) * inner
+    # A recomputed layer's scratch is what the layer would otherwise have kept.
+    all_kept = cls.saved("none", gathers) - cls.input_bytes
+    part = cls.whole("none", gathers) / all_kept if all_kept else 0.0
+    scratch = cls.scratch(strategy.recompute) * (part * share + (1 - part) * inner)
+    if cls.name == OUTSIDE:
+        # The loss comes last, so what it keeps is gone before any layer's backward begins.
+        saved, scratch = 0.0, scratch + saved
     entering = cls.input_bytes * (inner if strategy.sequence_parallel else share)
     return LayerCost(
         forward_s,
@@ -371,8 +370,8 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
         parameter_bytes=stored * 4 + copies,
         gradient_bytes=gradients,
         optimizer_bytes=updated * 4 * workload.optimizer_slots,
-        saved_bytes=kept * inner + entering,
-        scratch_bytes=cls.temp_bytes * inner + 2 * max(0.0, computed - stored) * item,
+        saved_bytes=saved + entering,
+        scratch_bytes=scratch + 2 * max(0.0, computed - stored) * item,
     )
 
 
@@ -387,6 +386,91 @@ def _pieces(
         _local(parameter, compute_layout(parameter, strategy, mesh, dims)),
         _local(parameter, optimizer_layout(parameter, strategy, mesh, dims)),
     )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """One collective of a layer on one device.
+
+    Attributes:
+      term: which of a layer's seconds it is part of: tensor, gather, sync or update.
+      kind: all-gather, reduce-scatter or all-reduce.
+      axes: of the mesh it runs over.
+      num_bytes: of the whole array that is gathered, scattered or reduced.
+      times: how often per micro-batch; of the update, per step.
+    """
+
+    term: Literal["tensor", "gather", "sync", "update"]
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
+    axes: Axes
+    num_bytes: float
+    times: float
+
+    def seconds(self, setting: Setting) -> float:
+        """Seconds of all its runs, by ring algorithms."""
+        parts = setting.mesh.size_of(self.axes)
+        turns = 2 if self.kind == "all-reduce" else 1
+        return self.times * _ring_s(turns * self.num_bytes, parts, setting.link(self.axes))
+
+
+def layer_traffic(
+    cls: LayerClass, strategy: LayerStrategy, setting: Setting
+) -> tuple[Traffic, ...]:
+    """The collectives of one layer: of tensor parallelism, of weights and of gradients."""
+    mesh, dims = setting.mesh, setting.tensor_dims
+    data, tensor = strategy.data_axes(mesh), strategy.tensor
+    item = DTYPE_BYTES[setting.workload.compute_dtype]
+    share = setting.microbatch / setting.graph_batch / mesh.size_of(data)
+    found: list[Traffic] = []
+    if tensor:
+        border = sum(a.num_bytes for a in cls.outputs if a.batch_dim is not None) * share
+        rows = sum(_is_row_parallel(p, dims) for p in (*cls.parameters, *cls.tied))
+        again = 3 if strategy.recompute == "full" else 2
+        found.append(Traffic("tensor", "all-reduce", tensor, border, again * rows))
+        if strategy.sequence_parallel:
+            # Gathered on entry, again for the backward, and once for the gradient at the exit.
+            found.append(Traffic("tensor", "all-gather", tensor, border, 3))
+    for parameter in cls.parameters:
+        at_rest, in_use, update = _pieces(
+            parameter, tensor, strategy.fsdp, strategy.zero1, mesh, dims
+        )
+        rest = data
+        if at_rest < in_use:
+            found.append(Traffic("gather", "all-gather", strategy.fsdp, in_use * item, 2))
+            found.append(Traffic("sync", "reduce-scatter", strategy.fsdp, in_use * item, 1))
+            rest = tuple(a for a in rest if a not in strategy.fsdp)
+        if update < at_rest:
+            found.append(Traffic("sync", "reduce-scatter", strategy.zero1, at_rest * item, 1))
+            found.append(Traffic("update", "all-gather", strategy.zero1, at_rest * 4, 1))
+            rest = tuple(a for a in rest if a not in strategy.zero1)
+        found.append(Traffic("sync", "all-reduce", rest, update * item, 1))
+    return tuple(t for t in found if t.times and t.num_bytes and mesh.size_of(t.axes) > 1)
+
+
+def predicted_collectives(
+    plan: Plan, graph: LayerGraph, cluster: Cluster, workload: Workload
+) -> tuple[tuple[str, int, float, float], ...]:
+    """(kind, group size, count, bytes of results on one device) of a step, most bytes first.
+
+    Moves between layouts and between stages are left out.
+    """
+    totals: dict[tuple[str, int], list[float]] = {}
+    for pipeline in plan.pipelines:
+        for stage in pipeline.stages:
+            setting = setting_of(plan, pipeline, stage, graph, cluster, workload)
+            chosen = strategies(stage, graph)
+            for layer in graph.layers:
+                if layer.name not in chosen:
+                    continue
+                for t in layer_traffic(graph.class_of(layer), chosen[layer.name], setting):
+                    parts = stage.mesh.size_of(t.axes)
+                    times = t.times * (1 if t.term == "update" else pipeline.num_microbatches)
+                    result = t.num_bytes / parts if t.kind == "reduce-scatter" else t.num_bytes
+                    entry = totals.setdefault((t.kind, parts), [0.0, 0.0])
+                    entry[0] += times
+                    entry[1] += times * result
+    found = [(kind, parts, n, size) for (kind, parts), (n, size) in totals.items()]
+    return tuple(sorted(found, key=lambda c: (-c[3], c[0], c[1])))
 
 
 def _stream_bytes(cls: LayerClass) -> float:

@@ -21,6 +21,7 @@ class Rates:
       flops: matmul FLOP/s reached in the compute dtype: peak times efficiency.
       memory_bandwidth: bytes per second.
       memory_bytes: of the smallest device.
+      extra_copies: as in DeviceKind, the most of any device.
       overlap: share of gradient and parameter traffic that hides behind compute.
       sources: (figure, measured | datasheet | assumed) pairs.
     """
@@ -28,6 +29,7 @@ class Rates:
     flops: float
     memory_bandwidth: float
     memory_bytes: float
+    extra_copies: float = 0.0
     overlap: float = OVERLAP
     sources: tuple[tuple[str, str], ...] = ()
 
@@ -46,6 +48,7 @@ def rates(cluster: Cluster, devices: tuple[int, ...], dtype: str) -> Rates:
         flops=slowest.flops(dtype) * slowest.efficiency,
         memory_bandwidth=min(kind.memory_bandwidth for kind in kinds),
         memory_bytes=min(kind.memory_bytes for kind in kinds),
+        extra_copies=max(kind.extra_copies for kind in kinds),
         sources=(
             ("flops", slowest.source),
             ("memory", slowest.source),

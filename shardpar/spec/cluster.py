@@ -26,6 +26,8 @@ class DeviceKind:
       name: e.g. "h100-sxm"; hosts refer to it.
       matmul_flops: (dtype name, dense FLOP/s) pairs; the peak that MFU is measured against.
       efficiency: share of that peak a well-shaped matmul reaches.
+      extra_copies: copies of the weights at rest, and as often of the gradients the optimizer
+        reads, that the backend's compiled programs hold beyond what a plan implies.
       memory_bytes: device memory.
       memory_bandwidth: bytes per second to and from it.
       source: where the rates came from.
@@ -39,6 +41,7 @@ class DeviceKind:
     efficiency: float = 0.6
     source: Source = "datasheet"
     note: str = ""
+    extra_copies: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.matmul_flops:
@@ -61,6 +64,10 @@ class DeviceKind:
                 raise SpecError(
                     f'device kind "{self.name}": {what} is {value}; write a positive number'
                 )
+        if not (self.extra_copies >= 0 and math.isfinite(self.extra_copies)):
+            raise SpecError(
+                f'device kind "{self.name}": extra_copies is {self.extra_copies}; write 0 or more'
+            )
         if self.efficiency > 1:
             raise SpecError(
                 f'device kind "{self.name}": efficiency is {self.efficiency}; '

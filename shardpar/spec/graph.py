@@ -100,10 +100,14 @@ class LayerClass:
       forward_flops, backward_flops: from XLA's cost analysis of the compiled layer.
       forward_bytes, backward_bytes: bytes XLA says it reads and writes.
       saved_bytes: what the forward keeps for the backward, parameters and inputs left
-        out, per recompute choice: (none, selective).
+        out, per recompute choice: none, selective, and maybe gathered, which is none
+        where gathered weights must not be kept.
       temp_bytes: scratch of the compiled forward and backward together, one layer at a time.
       matmul_flops: the forward's matrix products alone, counted from their shapes.
       attention_flops: those of them between two activations, as attention's are.
+      whole_bytes: of saved_bytes, what tensor parallelism does not split, by the same keys.
+      scratch_bytes: scratch of the backward in a chain of such layers, by recompute choice
+        (none, selective, full), as the target's compiler allots it; empty where unknown.
     """
 
     name: str
@@ -119,10 +123,12 @@ class LayerClass:
     temp_bytes: float
     matmul_flops: float = 0.0
     attention_flops: float = 0.0
+    whole_bytes: tuple[tuple[str, float], ...] = ()
+    scratch_bytes: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
         known = [recompute for recompute, _ in self.saved_bytes]
-        if sorted(known) != ["none", "selective"]:
+        if sorted(set(known) - {"gathered"}) != ["none", "selective"]:
             raise SpecError(
                 f"layer class {self.name}: saved_bytes has {', '.join(known) or 'nothing'}; "
                 "write the bytes for none and for selective"
@@ -138,11 +144,28 @@ class LayerClass:
         """Bytes of the activations that enter: what full recompute keeps."""
         return sum(a.num_bytes for a in self.inputs if a.batch_dim is not None)
 
-    def saved(self, recompute: str) -> float:
-        """Bytes kept for the backward, its input included, under a recompute choice."""
-        return self.input_bytes + (
-            0.0 if recompute == "full" else dict(self.saved_bytes)[recompute]
-        )
+    def saved(self, recompute: str, gathers: bool = False) -> float:
+        """Bytes kept for the backward, its input included, under a recompute choice.
+
+        Args:
+          recompute: none, selective or full.
+          gathers: weights or sequences are gathered inside and not kept so.
+        """
+        return self.input_bytes + self._of(self.saved_bytes, recompute, gathers)
+
+    def whole(self, recompute: str, gathers: bool = False) -> float:
+        """Of `saved`, the input left out, what tensor parallelism does not split."""
+        return self._of(self.whole_bytes, recompute, gathers)
+
+    def scratch(self, recompute: str) -> float:
+        """Bytes alive only while the layer's backward runs."""
+        return dict(self.scratch_bytes).get(recompute, self.temp_bytes)
+
+    def _of(self, table: tuple[tuple[str, float], ...], recompute: str, gathers: bool) -> float:
+        known = dict(table)
+        if recompute == "none" and gathers and "gathered" in known:
+            return known["gathered"]
+        return 0.0 if recompute == "full" else known.get(recompute, 0.0)
 
 
 @dataclass(frozen=True)

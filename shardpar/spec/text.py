@@ -31,6 +31,9 @@ CLUSTER_FORMAT = "shardpar-cluster/1"
 GRAPH_FORMAT = "shardpar-graph/1"
 
 
+_BY_RECOMPUTE = ("saved_bytes", "whole_bytes", "scratch_bytes")
+
+
 class _Strict(msgspec.Struct, forbid_unknown_fields=True):
     pass
 
@@ -81,6 +84,7 @@ class _Kind(_Strict):
     efficiency: float = 0.6
     source: str = "datasheet"
     note: str = ""
+    extra_copies: float = 0.0
 
 
 class _Link(_Strict):
@@ -272,6 +276,8 @@ def cluster_to_text(cluster: Cluster) -> str:
         fields = msgspec.to_builtins(kind)
         fields["matmul_flops"] = _Flow(kind.matmul_flops)
         del fields["name"]
+        if not kind.extra_copies:
+            del fields["extra_copies"]
         kinds[kind.name] = fields
     document = {
         "format": CLUSTER_FORMAT,
@@ -302,6 +308,7 @@ def cluster_from_text(text: str, where: str = "cluster") -> Cluster:
                     kind.efficiency,
                     _source(kind.source, f"kinds.{name}"),
                     kind.note,
+                    kind.extra_copies,
                 )
                 for name, kind in document.kinds.items()
             ),
@@ -330,7 +337,10 @@ def graph_to_text(graph: LayerGraph) -> str:
     """The layer graph as YAML; `graph_from_text` reads it back equal."""
     document = {"format": GRAPH_FORMAT, **msgspec.to_builtins(graph)}
     for cls in document["classes"]:
-        cls["saved_bytes"] = _Flow(cls["saved_bytes"])
+        for key in _BY_RECOMPUTE:
+            cls[key] = _Flow(cls[key])
+            if not cls[key]:
+                del cls[key]
         for key in ("parameters", "tied", "inputs", "outputs"):
             cls[key] = [_Flow(entry) for entry in cls[key]]
     document["layers"] = [
@@ -350,7 +360,7 @@ def graph_from_text(text: str, where: str = "graph") -> LayerGraph:
     data = _parse(text, where, SpecError)
     _require_format(data, GRAPH_FORMAT, where, SpecError)
     data = {k: v for k, v in data.items() if k != "format"}
-    for entries, key in (("classes", "saved_bytes"), ("layers", "tied")):
+    for entries, key in (*(("classes", key) for key in _BY_RECOMPUTE), ("layers", "tied")):
         listed = data.get(entries)
         for entry in listed if isinstance(listed, list) else ():
             if isinstance(entry, dict) and isinstance(entry.get(key), dict):
