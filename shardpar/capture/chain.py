@@ -58,8 +58,13 @@ class Chain:
             size = float(math.prod(var.aval.shape) * var.aval.dtype.itemsize)
             total += size
             whole += 0.0 if dims.get(var) else size
-        entering = float(self.carry.size * self.carry.dtype.itemsize)
+        entering = self.entering_bytes
         return max(0.0, total - entering), max(0.0, whole - entering)
+
+    @property
+    def entering_bytes(self) -> float:
+        """Bytes of the carry."""
+        return float(self.carry.size * self.carry.dtype.itemsize)
 
     def _split(self, parameter: int) -> frozenset[int]:
         # The loop's body sees one turn's slice, so dims are the parameter's own.
@@ -76,16 +81,16 @@ class Chain:
 
         return layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
-    def scratch_bytes(self, recompute: str, device: Any) -> float:
-        """Bytes the compiler allots however deep the chain is.
+    def compiled_bytes(self, recompute: str, device: Any) -> tuple[float, float]:
+        """(bytes the compiler allots per layer, bytes it allots however deep the chain is).
 
         Args:
           recompute: none, selective or full.
           device: whose compiler; None takes jax's default device.
         """
         shallow, deep = (self._temp_bytes(recompute, depth, device) for depth in (SHALLOW, DEEP))
-        slope = (deep - shallow) / (DEEP - SHALLOW)
-        return max(0.0, shallow - SHALLOW * slope)
+        slope = max(0.0, (deep - shallow) / (DEEP - SHALLOW))
+        return slope, max(0.0, shallow - SHALLOW * slope)
 
     def _temp_bytes(self, recompute: str, depth: int, device: Any) -> float:
         placed = None if device is None else SingleDeviceSharding(device)

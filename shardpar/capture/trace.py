@@ -310,8 +310,14 @@ def _compile_costs(piece: _Piece, model: AbstractModel, device: Any) -> _Costs:
         for key in ("none", "gathered", "selective"):
             kept[key], whole[key] = chain.kept_bytes(key)
         temp = compiled_both.memory_analysis().temp_size_in_bytes
+        entering = chain.entering_bytes
         for key in ("none", "selective", "full") if device is not None else ():
-            scratch[key] = chain.scratch_bytes(key, device)
+            per_layer, scratch[key] = chain.compiled_bytes(key, device)
+            # A compiler may keep less than the loop's residuals, never more.
+            share = min(1.0, max(0.0, per_layer - entering) / kept[key]) if kept.get(key) else 1.0
+            for other in {"none": ("none", "gathered")}.get(key, (key,)):
+                if other in kept:
+                    kept[other], whole[other] = share * kept[other], share * whole[other]
     return _Costs(_cost(compiled_forward), _cost(compiled_both), float(temp), kept, whole, scratch)
 
 

@@ -15,7 +15,7 @@ from shardpar.config.schema import RunConfig
 _BYTE_VOCABULARY = 256
 _PINS = (
     "data", "fsdp", "tensor", "zero1", "sequence_parallel", "recompute", "microbatch", "stages",
-    "fix",
+    "pipelines", "fix",
 )  # fmt: skip
 _SUFFIXES = {"text": "txt", "jsonl": "jsonl", "parquet": "parquet"}
 

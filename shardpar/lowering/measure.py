@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -117,23 +118,27 @@ def seconds_of_one(
         run(repeats)
         return clock_s() - began_s
 
-    timed(1)  # compiles, and touches what is touched first
+    def warmed(repeats: int) -> float:
+        # The first run compiles, where the number of turns is compiled in.
+        run(repeats)
+        return timed(repeats)
+
+    once_s = warmed(1)
+    run(0)
     start_s = min(timed(0) for _ in range(3))
-    once_s = timed(1)
     repeats = max(1, min(_MOST_REPEATS, math.ceil(effort.round_s / max(once_s - start_s, 1e-7))))
-    found: list[float] = []
     began_s = clock_s()
-    while len(found) < effort.rounds:
-        if len(found) >= _LEAST_ROUNDS and clock_s() - began_s > effort.limit_s:
+    all_s = [warmed(repeats) if repeats > 1 else once_s]
+    while all_s[0] - start_s < effort.round_s / 2 and repeats < _MOST_REPEATS:
+        # The single run was slower than the rest: of so few, starting is too large a part.
+        repeats = min(_MOST_REPEATS, repeats * 4)
+        all_s = [warmed(repeats)]
+    while len(all_s) < effort.rounds:
+        if len(all_s) >= _LEAST_ROUNDS and clock_s() - began_s > effort.limit_s:
             break
-        all_s = timed(repeats)
-        short = all_s - start_s < effort.round_s / 2
-        if short and not found and repeats < _MOST_REPEATS:
-            # The single run was slower than the rest: of so few, starting is too large a part.
-            repeats = min(_MOST_REPEATS, repeats * 4)
-            continue
-        # Never nothing: below a hundredth of it all, the difference is noise.
-        found.append(max(all_s - start_s, all_s / 100, 1e-9) / repeats)
+        all_s.append(timed(repeats))
+    # Never nothing: below a hundredth of it all, the difference is noise.
+    found = [max(s - start_s, s / 100, 1e-9) / repeats for s in all_s]
     return Timed(_rounded(min(found)), _rounded(statistics.median(found)))
 
 
@@ -402,7 +407,9 @@ def _repeated(
     split: jax.NamedSharding, step: Step, inputs: Arrays, fixed: Arrays = ()
 ) -> Callable[[int], None]:
     """Something that each device does to its part, so many times in one program."""
-    program, outputs = looped(split, step, inputs, fixed)
+    # On a GPU the host asks after each turn whether there is another, unless it knows how many.
+    on_gpu = next(iter(split.mesh.devices.flat)).platform == "gpu"
+    program, outputs = looped(split, step, inputs, fixed, compiled_in=on_gpu)
     state = (inputs, outputs)
 
     def run(repeats: int) -> None:
@@ -413,7 +420,12 @@ def _repeated(
 
 
 def looped(
-    split: jax.NamedSharding, step: Step, inputs: Arrays, fixed: Arrays = ()
+    split: jax.NamedSharding,
+    step: Step,
+    inputs: Arrays,
+    fixed: Arrays = (),
+    *,
+    compiled_in: bool = False,
 ) -> tuple[Any, Arrays]:
     """A program that does something over and over, as often as it is told when it runs.
 
@@ -426,6 +438,7 @@ def looped(
       step: from a device's parts of `inputs` and `fixed` to as many results as inputs.
       inputs: given up to the program.
       fixed: the same in each turn.
+      compiled_in: compile anew for each number of turns.
 
     Returns:
       The program, (turns, inputs, results, fixed) -> (inputs, results), and results to
@@ -448,10 +461,15 @@ def looped(
     def mapped(function: Callable[..., Any], *specs: Any) -> Callable[..., Any]:
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=part, check_vma=False)
 
+    def program(repeats: Any, inputs: Arrays, outputs: Arrays, fixed: Arrays) -> Any:
+        if compiled_in:
+            return mapped(partial(turns, repeats), part, part, part)(inputs, outputs, fixed)
+        return mapped(turns, partition_spec(()), part, part, part)(repeats, inputs, outputs, fixed)
+
     # The loop takes the buffers of its arguments and gives others back.
-    program = jax.jit(mapped(turns, partition_spec(()), part, part, part), donate_argnums=(1, 2))
+    jitted = jax.jit(program, static_argnums=(0,) if compiled_in else (), donate_argnums=(1, 2))
     shapes = jax.eval_shape(mapped(step, part, part), inputs, fixed)
-    return program, tuple(jnp.zeros(y.shape, y.dtype, device=split) for y in shapes)
+    return jitted, tuple(jnp.zeros(y.shape, y.dtype, device=split) for y in shapes)
 
 
 def _rounded(seconds: float) -> float:

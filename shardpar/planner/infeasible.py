@@ -132,7 +132,17 @@ def _nothing_to_choose(problem: Problem) -> PlanError:
         return PlanError(f"no candidate is legal: {reasons}")
     pins = {
         name: value
-        for name in ("data", "fsdp", "tensor", "zero1", "microbatch", "recompute", "stages", "fix")
+        for name in (
+            "data",
+            "fsdp",
+            "tensor",
+            "zero1",
+            "microbatch",
+            "recompute",
+            "stages",
+            "pipelines",
+            "fix",
+        )
         if (value := getattr(options, name)) is not None
     }
     text = ", ".join(f"plan.{k}={v}" for k, v in pins.items()) or "no pins"

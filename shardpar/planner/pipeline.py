@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from shardpar.planner.cost import Setting, Workload, arrival_s
+from shardpar.planner.cost import LayerCost, Setting, Workload, arrival_s
 from shardpar.planner.layers import Chosen
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.space import Part, Space, parts_of, space_of
@@ -18,7 +18,7 @@ from shardpar.planner.strategies import pins_of
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.mesh import Mesh
-from shardpar.spec.plan import Pipeline, Stage
+from shardpar.spec.plan import LayerStrategy, Pipeline, Stage
 from shardpar.spec.schedule import held
 
 Groups = tuple[tuple[int, ...], ...]
@@ -73,7 +73,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         self.parts: tuple[Part, ...] = parts_of(self.graph, pins_of(self.graph, self.options))
+        self._alike: dict[tuple[int, ...], object] = {}
         self._spaces: dict[object, Space | None] = {}
+        self._costs: dict[object, dict[tuple[str, LayerStrategy], LayerCost | None]] = {}
         self._lower: dict[object, np.ndarray] = {}
         self._least: dict[object, np.ndarray] = {}
         self._chosen: dict[object, Chosen | None] = {}
@@ -85,10 +87,12 @@ class Problem:
 
     def alike(self, devices: tuple[int, ...]) -> object:
         """Equal for groups that cost the same: equal kinds, equally spread over hosts."""
-        first = self.cluster.host_of(devices[0])
-        return tuple(
-            (self.cluster.kind_of(d).name, self.cluster.host_of(d) - first) for d in devices
-        )
+        if devices not in self._alike:
+            first = self.cluster.host_of(devices[0])
+            self._alike[devices] = tuple(
+                (self.cluster.kind_of(d).name, self.cluster.host_of(d) - first) for d in devices
+            )
+        return self._alike[devices]
 
     def space(self, devices: tuple[int, ...], shape: Shape) -> Space | None:
         """The priced choices of a group."""
@@ -98,10 +102,12 @@ class Problem:
                 self.cluster, devices, Mesh.factored(len(devices)), self.graph.batch,
                 shape.microbatch, shape.num_microbatches, self.workload, shape.pipelines,
             )  # fmt: skip
-            self._spaces[key] = space_of(self.graph, setting, self.parts, self.rejected)
+            alike, microbatch, count, many = key
+            costs = self._costs.setdefault((alike, microbatch, count > 1, many), {})
+            self._spaces[key] = space_of(self.graph, setting, self.parts, self.rejected, costs)
         return self._spaces[key]
 
-    def _key(self, devices: tuple[int, ...], shape: Shape) -> tuple[object, ...]:
+    def _key(self, devices: tuple[int, ...], shape: Shape) -> tuple[object, int, int, int]:
         many = min(shape.pipelines, 2)
         return (self.alike(devices), shape.microbatch, shape.num_microbatches, many)
 

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardpar.planner.cost import PlanCost, Workload, plan_cost
 from shardpar.planner.infeasible import nothing_fits
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Found, Problem, best_pipeline, lower_bound, shapes
+from shardpar.planner.pipelines import best_combination
 from shardpar.planner.strategies import describe
 from shardpar.planner.uniform import best_uniform
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import LayerGraph
-from shardpar.spec.plan import Objective, Plan
+from shardpar.spec.plan import Objective, Pipeline, Plan
 from shardpar.spec.select import every_layer
 
 
@@ -101,22 +102,36 @@ def search(
         others.append(found)
         if best is None or found.step_s < best.step_s:
             best = found
-    if best is None:
+    pipelines: tuple[Pipeline, ...] = () if best is None else (best.pipeline,)
+    step_s = math.inf if best is None else best.step_s
+    if _unequal(cluster) and options.stages is None:
+        combined = best_combination(problem, step_s if options.pipelines != 2 else math.inf)
+        if combined is not None:
+            pipelines, step_s = combined.pipelines, combined.step_s
+            floor = min(floor, combined.lower_bound_s)
+            best = None
+    if not pipelines:
         raise nothing_fits(graph, cluster, workload, options)
-    plan = Plan(
-        cluster.name, workload.global_batch, (best.pipeline,),
-        Objective(best.step_s, min(floor, best.step_s), 0.0),
-    )  # fmt: skip
+    bound_s = min(floor, step_s)
+    plan = Plan(cluster.name, workload.global_batch, pipelines, Objective(step_s, bound_s, 0.0))
+    cost = plan_cost(plan, graph, cluster, workload)
+    if not math.isclose(cost.step_s, step_s, rel_tol=1e-9):
+        # On its own devices a group may cross other links than the one it was priced on.
+        plan = replace(plan, objective=Objective(cost.step_s, min(bound_s, cost.step_s), 0.0))
     return SearchResult(
         plan,
-        plan_cost(plan, graph, cluster, workload),
+        cost,
         _describe(plan, graph),
-        tuple(_runners_up(problem, best, others)),
+        tuple(_runners_up(problem, best, step_s, others)),
         sum(math.isinf(bound_s) for bound_s, _ in bounded),
         len(bounded),
         tuple(problem.rejected.most_common()),
         memory_limit(cluster, options),
     )
+
+
+def _unequal(cluster: Cluster) -> bool:
+    return len({hosts.kind for hosts in cluster.hosts}) > 1
 
 
 def memory_limit(cluster: Cluster, options: SearchOptions) -> float:
@@ -128,21 +143,25 @@ def memory_limit(cluster: Cluster, options: SearchOptions) -> float:
 
 def _describe(plan: Plan, graph: LayerGraph) -> str:
     """A plan in one line."""
-    pipeline = plan.pipelines[0]
-    texts = []
-    for stage in pipeline.stages:
-        entries = [
-            (describe(s, stage.mesh) + ("" if s.layers == every_layer(graph) else f" {s.layers}"))
-            for s in stage.layers
-        ]
-        texts.append("; ".join(entries))
-    return " | ".join(texts) + f", micro-batch {pipeline.microbatch}"
+    pipelines = []
+    for pipeline in plan.pipelines:
+        texts = []
+        for stage in pipeline.stages:
+            entries = [
+                describe(s, stage.mesh) + ("" if s.layers == every_layer(graph) else f" {s.layers}")
+                for s in stage.layers
+            ]
+            texts.append("; ".join(entries))
+        pipelines.append(" | ".join(texts) + f", micro-batch {pipeline.microbatch}")
+    return " || ".join(pipelines)
 
 
-def _runners_up(problem: Problem, best: Found, others: list[Found]) -> Iterator[Scored]:
+def _runners_up(
+    problem: Problem, best: Found | None, step_s: float, others: list[Found]
+) -> Iterator[Scored]:
     uniform = best_uniform(problem)
     rest = [found for found in others if found is not best]
-    if uniform is not None and uniform.step_s > best.step_s:
+    if uniform is not None and uniform.step_s > step_s:
         rest.append(uniform)
     for found in sorted(rest, key=lambda f: f.step_s):
         pipeline = found.pipeline

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shardpar.errors import PlanError
-from shardpar.planner.cost import Setting, border_axes, border_s, layer_cost
+from shardpar.planner.cost import LayerCost, Setting, border_axes, border_s, layer_cost
 from shardpar.planner.layers import Choice, Chosen, Run, bounds, choose, leanest_choice, least_bytes
 from shardpar.planner.strategies import Pins, layer_strategies
 from shardpar.spec.check import check_layer
@@ -130,7 +130,11 @@ def parts_of(graph: LayerGraph, pins: Mapping[str, Pins]) -> tuple[Part, ...]:
 
 
 def space_of(
-    graph: LayerGraph, setting: Setting, parts: tuple[Part, ...], rejected: Counter[str]
+    graph: LayerGraph,
+    setting: Setting,
+    parts: tuple[Part, ...],
+    rejected: Counter[str],
+    costs: dict[tuple[str, LayerStrategy], LayerCost | None],
 ) -> Space | None:
     """Prices every legal strategy of every part; None if some part has none.
 
@@ -139,11 +143,14 @@ def space_of(
       setting: machines and micro-batch.
       parts: from `parts_of`.
       rejected: counts, by reason, the strategies that are not legal; added to.
+      costs: what is priced already for this setting with as many micro-batches or other
+        ones, but for the first: a step of one does not accumulate; added to.
     """
     mesh, speed = setting.mesh, setting.speed
     borders: dict[object, int] = {}
     samples: list[LayerStrategy] = []
     priced: dict[tuple[str, LayerStrategy], Choice | None] = {}
+    shards_of: dict[LayerStrategy, int] = {}
     chosen: list[list[LayerStrategy]] = []
     choices: list[list[Choice]] = []
     for part in parts:
@@ -153,7 +160,9 @@ def space_of(
             # XLA is free in what lies outside all layers: nothing there is recomputed.
             pins = replace(pins, recompute="none")
         for strategy in layer_strategies(mesh, pins):
-            shards = mesh.size_of(strategy.data_axes(mesh))
+            if strategy not in shards_of:
+                shards_of[strategy] = mesh.size_of(strategy.data_axes(mesh))
+            shards = shards_of[strategy]
             if setting.microbatch % shards:
                 continue
             if part.pins.microbatch not in (None, setting.microbatch // shards):
@@ -161,15 +170,21 @@ def space_of(
             key = (part.cls.name, strategy)
             if key not in priced:
                 priced[key] = None
-                try:
-                    check_layer(part.cls, strategy, setting.microbatch, mesh, setting.tensor_dims)
-                except PlanError as error:
-                    rejected[f"layer {graph.layers[part.first].name}: {error}"] += 1
+                if key not in costs:
+                    costs[key] = None
+                    try:
+                        check_layer(
+                            part.cls, strategy, setting.microbatch, mesh, setting.tensor_dims
+                        )
+                        costs[key] = layer_cost(part.cls, strategy, setting)
+                    except PlanError as error:
+                        rejected[f"layer {graph.layers[part.first].name}: {error}"] += 1
+                cost = costs[key]
+                if cost is None:
                     continue
                 border = borders.setdefault(border_axes(strategy, mesh), len(borders))
                 if border == len(samples):
                     samples.append(strategy)
-                cost = layer_cost(part.cls, strategy, setting)
                 priced[key] = Choice(
                     cost.seconds(speed.overlap, setting.num_microbatches), cost.state_bytes,
                     cost.saved_bytes, cost.scratch_bytes, border,

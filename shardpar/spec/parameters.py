@@ -103,7 +103,7 @@ def _require_divisible(parameter: Parameter, dim: int, axes: Axes, mesh: Mesh) -
     size, parts = parameter.shape[dim], mesh.size_of(axes)
     if size % parts == 0:
         return
-    divisors = [d for d in range(1, size + 1) if size % d == 0 and d <= parts]
+    divisors = [d for d in range(1, min(size, parts) + 1) if size % d == 0]
     padded = -(-size // parts) * parts
     raise PlanError(
         f'{parameter.name} dim {dim} "{parameter.dims[dim]}" ({size}) is not divisible by tensor '

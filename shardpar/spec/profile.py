@@ -434,6 +434,11 @@ class LayerFigures:
             value = getattr(self, what)
             if not (value >= 0 and math.isfinite(value)):
                 raise SpecError(f"captured: {what} is {value}; write a number, 0 or more")
+        if [recompute for recompute, _ in self.saved_bytes] != ["none", "selective", "full"]:
+            raise SpecError(
+                f"captured: saved_bytes is {self.saved_bytes}; give the bytes for none, selective "
+                "and full, in this order"
+            )
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardpar.planner.profile import OVERLAP, group, link_of, rates
+from shardpar.planner.profile import OVERLAP, group, link_over, rates
 from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
 from shardpar.spec.mesh import Mesh
-from shardpar.spec.plan import LayerStrategy, Stage
 from tests.spec.values import meshes
 
 FAST = DeviceKind(
@@ -56,12 +55,12 @@ def test_a_group_is_the_slice_of_the_device_array_through_device_0(mesh, data):
     assert group(mesh, axes) == tuple(numbers[index].reshape(-1).tolist())
 
 
-def links_by_hand(cluster, stage, axes):
+def links_by_hand(cluster, devices, mesh, axes):
     """Every group, one by one."""
-    numbers = np.array(stage.devices).reshape(stage.mesh.sizes)
-    inside = [i for i, name in enumerate(stage.mesh.names) if name in axes]
+    numbers = np.array(devices).reshape(mesh.sizes)
+    inside = [i for i, name in enumerate(mesh.names) if name in axes]
     moved = np.moveaxis(numbers, inside, range(len(inside)))
-    size = stage.mesh.size_of(axes)
+    size = mesh.size_of(axes)
     for members in moved.reshape(size, -1).T:
         yield cluster.link_among(tuple(members.tolist()))
 
@@ -71,15 +70,22 @@ def test_a_collective_is_as_slow_as_its_slowest_group(devices, hosts, data):
     cluster = replace(CLUSTER, hosts=(Hosts("fast", devices, hosts),))
     chosen = tuple(data.draw(st.permutations(range(cluster.num_devices))))
     mesh = Mesh.factored(cluster.num_devices)
-    stage = Stage(chosen, mesh, (LayerStrategy("all"),))
     axes = tuple(data.draw(st.sets(st.sampled_from(mesh.names)))) if mesh.names else ()
-    slow = FAR in set(links_by_hand(cluster, stage, axes))
-    assert link_of(cluster, stage, axes) is (FAR if slow else NEAR)
+    slow = FAR in set(links_by_hand(cluster, chosen, mesh, axes))
+    assert link_over(cluster, chosen, mesh, axes) is (FAR if slow else NEAR)
 
 
 @pytest.mark.parametrize(("axes", "link"), [(("a",), FAR), (("b",), FAR), ((), NEAR)])
 def test_a_group_that_straddles_hosts_counts_even_if_the_first_does_not(axes, link):
     # Hosts of three: pairs (0, 1), (2, 3) and (4, 5), of which the second straddles.
     cluster = replace(CLUSTER, hosts=(Hosts("fast", 3, 2),))
-    stage = Stage(tuple(range(6)), Mesh((("a", 3), ("b", 2))), (LayerStrategy("all"),))
-    assert link_of(cluster, stage, axes) is link
+    mesh = Mesh((("a", 3), ("b", 2)))
+    assert link_over(cluster, tuple(range(6)), mesh, axes) is link
+
+
+def test_a_group_holds_the_most_extra_copies_that_a_device_of_it_does():
+    greedy = replace(SLOW, extra_copies=1.5)
+    cluster = replace(CLUSTER, kinds=(replace(FAST, extra_copies=0.5), greedy))
+    assert rates(cluster, (0, 1), "bfloat16").extra_copies == 0.5
+    assert rates(cluster, (0, 6), "bfloat16").extra_copies == 1.5
+    assert rates(CLUSTER, (0, 6), "bfloat16").extra_copies == 0.0
