@@ -157,14 +157,20 @@ class Setting:
     pipelines: int = 1
     tensor_dims: tuple[str, ...] = TENSOR_DIMS
 
-    @property
+    @functools.cached_property
     def speed(self) -> Rates:
         """Rates of the group."""
         return rates(self.cluster, self.devices, self.workload.compute_dtype)
 
+    @functools.cached_property
+    def _links(self) -> dict[Axes, Link]:
+        return {}
+
     def link(self, axes: Axes) -> Link:
         """The slowest link a collective over these axes crosses."""
-        return link_over(self.cluster, self.devices, self.mesh, axes)
+        if axes not in self._links:
+            self._links[axes] = link_over(self.cluster, self.devices, self.mesh, axes)
+        return self._links[axes]
 
 
 def plan_cost(plan: Plan, graph: LayerGraph, cluster: Cluster, workload: Workload) -> PlanCost:
@@ -230,7 +236,10 @@ def stage_cost(pipeline: Pipeline, number: int, graph: LayerGraph, setting: Sett
     costs = [cost for _, cost in layers]
     sent_s = 0.0
     if number > 0:
-        sent_s = arrival_s(graph, layers[0][0], pipeline.stages[number - 1].devices, setting)
+        source = pipeline.stages[number - 1].devices
+        first = next(graph.class_of(x) for x in graph.layers if x.name == layers[0][0])
+        link = setting.cluster.link_among((*source, *setting.devices))
+        sent_s = arrival_s(first, source, link, setting)
     in_flight = held(pipeline.schedule, len(pipeline.stages), number, count)
     state = math.fsum(c.state_bytes for c in costs)
     saved = in_flight * math.fsum(c.saved_bytes for c in costs)
@@ -280,15 +289,17 @@ def border_axes(strategy: LayerStrategy, mesh: Mesh) -> tuple[Axes, Axes]:
     return strategy.data_axes(mesh), strategy.tensor if strategy.sequence_parallel else ()
 
 
-def arrival_s(
-    graph: LayerGraph, first_layer: str, source: tuple[int, ...], setting: Setting
-) -> float:
+def arrival_s(cls: LayerClass, source: tuple[int, ...], link: Link, setting: Setting) -> float:
     """Seconds to receive a micro-batch's activations from the stage before, and send gradients.
 
-    All pairs of devices share the bytes, over the slowest link between the two groups.
+    All pairs of devices share the bytes.
+
+    Args:
+      cls: the stage's first layer.
+      source: devices of the stage before.
+      link: the slowest between the two groups.
+      setting: of the stage.
     """
-    cls = next(graph.class_of(layer) for layer in graph.layers if layer.name == first_layer)
-    link = setting.cluster.link_among((*source, *setting.devices))
     size = _stream_bytes(cls) * setting.microbatch / setting.graph_batch
     pairs = min(len(source), len(setting.devices))
     return 2 * (size / pairs / link.bandwidth + link.latency_s)

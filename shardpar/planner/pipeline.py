@@ -15,7 +15,7 @@ from shardpar.planner.options import SearchOptions
 from shardpar.planner.space import Part, Space, parts_of, space_of
 from shardpar.planner.stages import Division, StageSeconds, divide, relaxed
 from shardpar.planner.strategies import pins_of
-from shardpar.spec.cluster import Cluster
+from shardpar.spec.cluster import Cluster, Link
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Stage
@@ -74,6 +74,7 @@ class Problem:
     def __post_init__(self) -> None:
         self.parts: tuple[Part, ...] = parts_of(self.graph, pins_of(self.graph, self.options))
         self._alike: dict[tuple[int, ...], object] = {}
+        self._between: dict[object, Link] = {}
         self._spaces: dict[object, Space | None] = {}
         self._costs: dict[object, dict[tuple[str, LayerStrategy], LayerCost | None]] = {}
         self._lower: dict[object, np.ndarray] = {}
@@ -136,15 +137,16 @@ class Problem:
 
     def _arrivals(self, shape: Shape, number: int, setting: Setting) -> np.ndarray:
         """Seconds a stage needs to receive what its first layer reads, by first layer."""
-        names = [layer.name for layer in self.graph.layers]
-        out = np.zeros(len(names) + 1)
+        out = np.zeros(len(self.graph.layers) + 1)
         if number:
             source = shape.groups[number - 1]
-            by_class: dict[str, float] = {}
-            for i, layer in enumerate(self.graph.layers):
-                if layer.class_name not in by_class:
-                    by_class[layer.class_name] = arrival_s(self.graph, names[i], source, setting)
-                out[i] = by_class[layer.class_name]
+            pair = (source, setting.devices)
+            if pair not in self._between:
+                self._between[pair] = self.cluster.link_among((*source, *setting.devices))
+            for part in self.parts:
+                out[part.first : part.end] = arrival_s(
+                    part.cls, source, self._between[pair], setting
+                )
         return out
 
     def chosen(self, shape: Shape, stage: int, first: int, end: int) -> Chosen | None:
@@ -175,10 +177,12 @@ class Problem:
         return out
 
 
-def lower_bound(problem: Problem, shape: Shape) -> float:
-    """Seconds no pipeline of this shape beats; inf if it cannot run or does not fit."""
+def lower_bound(problem: Problem, shape: Shape, cutoff: float = math.inf) -> float:
+    """Seconds no pipeline of this shape beats; inf if it cannot run, does not fit, or needs more
+    than `cutoff`.
+    """
     table = problem.table(shape)
-    return math.inf if table is None else relaxed(table.lower, shape.num_microbatches)[0]
+    return math.inf if table is None else relaxed(table.lower, shape.num_microbatches, cutoff)[0]
 
 
 def best_pipeline(problem: Problem, shape: Shape, cutoff: float = math.inf) -> Found | None:

@@ -4,8 +4,8 @@ Devices of one kind are handed out in equal units. A pipeline takes some units o
 kind, runs stages of one kind each, and trains on some sequences in micro-batches of a power
 of two; the plan's step is that of its slowest pipeline. Seconds of (units, sequences)
 start as bounds that cost nothing and are solved only where the best combination uses
-them, so the combination that remains is optimal, and the bounds say so. (Unequal pipelines: HSPMD, arXiv 2504.20490; shares by
-speed: Malleus, arXiv 2410.13333.)
+them, so the combination that remains is optimal, and the bounds say so. (Unequal
+pipelines: HSPMD, arXiv 2504.20490; shares by speed: Malleus, arXiv 2410.13333.)
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def best_combination(
         if chosen is None or bound_s >= reached * (1 - epsilon):
             if best is None:
                 return None
-            return replace(best, lower_bound_s=min(bound_s, best.step_s))
+            return replace(best, lower_bound_s=min(bound_s, table.limit, best.step_s))
         items = chosen[1]
         found = [table.solve(units, sequences, reached) for units, sequences in items]
         if all(f is not None for f in found):
@@ -121,6 +121,7 @@ class _Table:
     def __init__(self, problem: Problem, stock: Stock) -> None:
         self.problem, self.stock = problem, stock
         self.batch = problem.workload.global_batch
+        self.limit = math.inf
         self.whole: dict[tuple[tuple[int, ...], int], float] = {}
         self.shapes: dict[Units, list[tuple[Groups, int]]] = {}
         self.seconds: dict[tuple[Units, int], float] = {}
@@ -216,20 +217,27 @@ class _Table:
             if math.isfinite(bound_s)
         ]
         heapq.heapify(heap)
-        while heap and heap[0][0] < (cutoff if best is None else best.step_s):
+        close = 1 - self.problem.options.epsilon / 2
+        while heap:
+            reached = cutoff if best is None else best.step_s
+            if heap[0][0] >= close * reached:
+                floor = min(floor, heap[0][0])
+                break
             bound_s, _, tight, shape = heapq.heappop(heap)
             if not tight:
-                tighter = max(bound_s, lower_bound(self.problem, shape))
+                tighter = max(bound_s, lower_bound(self.problem, shape, reached))
                 if math.isfinite(tighter):
                     heapq.heappush(heap, (tighter, next(number), True, shape))
                 continue
-            reached = cutoff if best is None else best.step_s
             found = best_pipeline(self.problem, shape, reached)
             if found is not None:
                 best, floor = found, min(floor, found.lower_bound_s)
         if best is None:
-            # Cutoffs only fall, so what cannot beat this one is out for good.
-            self.seconds[key] = math.inf
+            # Cutoffs only fall, so what cannot beat this one is out for good; `limit`
+            # remembers how near to it, at most, what was left out may be.
+            self.seconds[key] = max(cutoff, self.seconds[key])
+            self.found[key] = None
+            self.limit = min(self.limit, close * cutoff)
             return None
         self.found[key] = best
         self.seconds[key] = min(floor, best.step_s)

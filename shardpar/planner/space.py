@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -66,14 +67,10 @@ class Space:
     def lower_bounds(self, limit: float, in_flight: int) -> np.ndarray:
         """[layers + 1, layers + 1] seconds no choice for layers i to j beats; inf for j <= i."""
         total = len(self.graph.layers)
-        starts, ends = np.triu_indices(total + 1, 1)
-        firsts = np.array([p.first for p in self.parts])
-        lasts = np.array([p.end for p in self.parts])
-        upto = np.minimum(ends[:, None], lasts[None, :])
-        counts = np.clip(upto - np.maximum(starts[:, None], firsts[None, :]), 0, None)
-        distinct, inverse = np.unique(counts, axis=0, return_inverse=True)
+        ranges = tuple((p.first, p.end) for p in self.parts)
+        starts, ends, distinct, inverse = _intervals(ranges, total)
         table = np.full((total + 1, total + 1), np.inf)
-        table[starts, ends] = bounds(self.runs, distinct, limit, in_flight)[inverse.reshape(-1)]
+        table[starts, ends] = bounds(self.runs, distinct, limit, in_flight)[inverse]
         return table
 
     def leanest(self, first: int, end: int, in_flight: int) -> list[tuple[int, int]]:
@@ -110,6 +107,19 @@ class Space:
                 else:
                     blocks.append((strategy, names))
         return tuple(replace(strategy, layers=_selector(names)) for strategy, names in blocks)
+
+
+@functools.lru_cache(maxsize=64)
+def _intervals(
+    ranges: tuple[tuple[int, int], ...], total: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """All ranges of layers: starts, ends, the distinct numbers of layers per part, and which."""
+    starts, ends = np.triu_indices(total + 1, 1)
+    firsts, lasts = np.array(ranges).T
+    upto = np.minimum(ends[:, None], lasts[None, :])
+    counts = np.clip(upto - np.maximum(starts[:, None], firsts[None, :]), 0, None)
+    distinct, inverse = np.unique(counts, axis=0, return_inverse=True)
+    return starts, ends, distinct, inverse.reshape(-1)
 
 
 def _selector(names: list[str]) -> str:
@@ -151,6 +161,7 @@ def space_of(
     samples: list[LayerStrategy] = []
     priced: dict[tuple[str, LayerStrategy], Choice | None] = {}
     shards_of: dict[LayerStrategy, int] = {}
+    legal: dict[tuple[str, LayerStrategy], str] = {}
     chosen: list[list[LayerStrategy]] = []
     choices: list[list[Choice]] = []
     for part in parts:
@@ -159,7 +170,7 @@ def space_of(
         if part.cls.name == OUTSIDE:
             # XLA is free in what lies outside all layers: nothing there is recomputed.
             pins = replace(pins, recompute="none")
-        for strategy in layer_strategies(mesh, pins):
+        for strategy in layer_strategies(mesh, pins, _most_tensor(setting)):
             if strategy not in shards_of:
                 shards_of[strategy] = mesh.size_of(strategy.data_axes(mesh))
             shards = shards_of[strategy]
@@ -171,14 +182,14 @@ def space_of(
             if key not in priced:
                 priced[key] = None
                 if key not in costs:
-                    costs[key] = None
-                    try:
-                        check_layer(
-                            part.cls, strategy, setting.microbatch, mesh, setting.tensor_dims
-                        )
-                        costs[key] = layer_cost(part.cls, strategy, setting)
-                    except PlanError as error:
-                        rejected[f"layer {graph.layers[part.first].name}: {error}"] += 1
+                    # What a layer recomputes has no bearing on what is legal.
+                    alike = (part.cls.name, replace(strategy, recompute="none"))
+                    if alike not in legal:
+                        legal[alike] = _problem(part.cls, strategy, setting)
+                    reason = legal[alike]
+                    costs[key] = None if reason else layer_cost(part.cls, strategy, setting)
+                    if reason:
+                        rejected[f"layer {graph.layers[part.first].name}: {reason}"] += 1
                 cost = costs[key]
                 if cost is None:
                     continue
@@ -217,3 +228,18 @@ def _entry_s(
         # What lies outside takes the layout of the layer before it; no constraint says otherwise.
         return math.inf
     return border_s(cls, before, after, setting)
+
+
+def _problem(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> str:
+    """Why a layer cannot run so; empty if it can."""
+    try:
+        check_layer(cls, strategy, setting.microbatch, setting.mesh, setting.tensor_dims)
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
+def _most_tensor(setting: Setting) -> int:
+    """Largest tensor degree worth a look: tensor parallelism talks too much to leave a host."""
+    hosts = Counter(setting.cluster.host_of(d) for d in setting.devices)
+    return max(hosts.values())

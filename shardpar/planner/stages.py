@@ -95,8 +95,12 @@ def divide(
             best = Division(cuts, step_s, bound_s)
 
 
-def relaxed(lower: Sequence[np.ndarray], microbatches: int) -> tuple[float, tuple[int, ...]]:
-    """The best division for these seconds as they stand, and its step; (inf, ()) if there is none.
+def relaxed(
+    lower: Sequence[np.ndarray], microbatches: int, cutoff: float = math.inf
+) -> tuple[float, tuple[int, ...]]:
+    """The best division for these seconds as they stand, and its step.
+
+    (inf, ()) if there is none that takes less than `cutoff`.
 
     Divisions with a smaller slowest stage are asked for one after another, until
     what the smallest possible one could save no longer helps.
@@ -109,12 +113,12 @@ def relaxed(lower: Sequence[np.ndarray], microbatches: int) -> tuple[float, tupl
         return math.inf, ()
     while True:
         total, cuts = _fastest_below(lower, cap)
-        if not cuts or total + (microbatches - 1) * least >= best:
+        if not cuts or total + (microbatches - 1) * least >= min(best, cutoff):
             return best, best_cuts
         times = [lower[s][a, b] for s, (a, b) in enumerate(itertools.pairwise(cuts))]
         slowest = float(max(times))
         step_s = math.fsum(times) + (microbatches - 1) * slowest
-        if step_s < best:
+        if step_s < min(best, cutoff):
             best, best_cuts = step_s, cuts
         if microbatches == 1 or slowest <= least:
             return best, best_cuts

@@ -32,11 +32,14 @@ class Pins:
     microbatch: int | None = None
 
 
-def layer_strategies(mesh: Mesh, pins: Pins = Pins()) -> Iterator[LayerStrategy]:
+def layer_strategies(
+    mesh: Mesh, pins: Pins = Pins(), most_tensor: int | None = None
+) -> Iterator[LayerStrategy]:
     """Every strategy of a layer that the pins allow, its `layers` left empty.
 
     Tensor parallelism takes the innermost axes, where links are fastest; fsdp the
     next; then the optimizer state's split; plain data parallelism the outermost.
+    Tensor degrees above `most_tensor` are left out unless pinned.
 
     >>> [describe(s, Mesh.factored(2)) for s in layer_strategies(Mesh.factored(2), Pins(tensor=1))]
     ... # doctest: +ELLIPSIS
@@ -46,8 +49,11 @@ def layer_strategies(mesh: Mesh, pins: Pins = Pins()) -> Iterator[LayerStrategy]
     count = len(names)
     for tensor_from in range(count, -1, -1):
         tensor = names[tensor_from:]
-        if pins.tensor not in (None, mesh.size_of(tensor)):
+        degree = mesh.size_of(tensor)
+        if pins.tensor not in (None, degree):
             continue
+        if pins.tensor is None and most_tensor is not None and degree > most_tensor:
+            break
         for fsdp_from in range(tensor_from, -1, -1):
             fsdp, outer = names[fsdp_from:tensor_from], names[:fsdp_from]
             if pins.fsdp not in (None, mesh.size_of(fsdp)):

@@ -155,7 +155,11 @@ class Cluster:
                 host += 1
         return tuple(placed)
 
-    @property
+    @cached_property
+    def _by_name(self) -> dict[str, DeviceKind]:
+        return {kind.name: kind for kind in self.kinds}
+
+    @cached_property
     def num_devices(self) -> int:
         """Devices in all."""
         return sum(hosts.count * hosts.devices for hosts in self.hosts)
@@ -163,7 +167,7 @@ class Cluster:
     def kind_of(self, device: int) -> DeviceKind:
         """The kind of a device, by its number."""
         self._require(device)
-        return next(kind for kind in self.kinds if kind.name == self._placement[device][0])
+        return self._by_name[self._placement[device][0]]
 
     def host_of(self, device: int) -> int:
         """The number of the host a device sits in."""

@@ -9,6 +9,7 @@ axes it is a partial sum over; axes not named hold copies. That is what
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator
@@ -82,6 +83,10 @@ class Mesh:
         """The axes' sizes, slowest links first."""
         return tuple(size for _, size in self.axes)
 
+    @functools.cached_property
+    def _size_of_axis(self) -> dict[str, int]:
+        return dict(self.axes)
+
     @property
     def num_devices(self) -> int:
         """How many devices the mesh holds."""
@@ -93,7 +98,7 @@ class Mesh:
         Raises:
           SpecError: if an axis is not of this mesh.
         """
-        sizes = dict(self.axes)
+        sizes = self._size_of_axis
         for axis in axes:
             if axis not in sizes:
                 raise SpecError(

@@ -29,7 +29,11 @@ def layers(captured):
 
 
 def class_named(captured, name):
-    return next(cls for cls in captured.graph.classes if cls.name == name)
+    return class_named_in(captured.graph, name)
+
+
+def class_named_in(graph, name):
+    return next(cls for cls in graph.classes if cls.name == name)
 
 
 @shardpar.layer
@@ -173,6 +177,65 @@ def test_recompute_keeps_less_the_more_it_computes_again(small_gpt):
         assert cls.saved("full") <= cls.saved("selective") <= cls.saved("none")
     block = class_named(captured, "Block")
     assert block.saved("full") < block.saved("selective") < block.saved("none")
+
+
+def test_a_block_keeps_what_is_counted_by_hand(small_gpt):
+    captured, _ = small_gpt
+    heads, d = SIZES["heads"], SIZES["width"]
+    row, scores = 4 * B * T, 4 * B * heads * T * T
+    stream, sums = d * row, heads * row
+    # The centred, the normalised and the scaled stream; 1/s and its derivative per row.
+    norm = 3 * stream + 2 * row
+    # Queries, keys, values and what comes out; scores before and after their sum divides
+    # them, that sum and its derivative.
+    attention = 4 * stream + 2 * scores + 2 * sums
+    # The tanh form of gelu keeps five figures of each hidden unit, and gives the sixth.
+    hidden = 6 * 4 * stream
+    # The block's input counts elsewhere: of what does not depend on heads, its size is taken off.
+    whole = 2 * norm - stream
+    block = class_named(captured, "Block")
+    assert dict(block.saved_bytes) == {
+        "none": whole + attention + hidden,
+        "gathered": whole + attention + hidden,
+        # The results of q, k, v, out and up; that of down nothing reads.
+        "selective": 8 * stream,
+    }
+    assert dict(block.whole_bytes) == {"none": whole, "gathered": whole, "selective": stream}
+    assert block.scratch_bytes == ()
+    # The head's logits are as wide as the stream here, so it counts as a link, too.
+    head = class_named(captured, "Head")
+    assert dict(head.saved_bytes)["none"] == dict(head.whole_bytes)["none"] == norm - stream
+
+
+def test_a_device_is_asked_for_scratch_and_keeps_no_more_than_the_loop():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.first = Wide(rngs, 16, 64)
+            self.blocks = nnx.List([Wide(rngs, 64, 64) for _ in range(2)])
+
+        def __call__(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    plain, asked = (
+        trace(mse, Net, shapes_of(x=(256, 16)), device=device).graph
+        for device in (None, jax.devices()[0])
+    )
+    one = 4 * 256 * 64
+    first, block = (class_named_in(asked, name) for name in ("Wide", "Wide#2"))
+    # The first layer is no link: its input is narrower than its output.
+    assert (first.whole_bytes, first.scratch_bytes) == ((), ())
+    assert [recompute for recompute, _ in block.scratch_bytes] == ["none", "selective", "full"]
+    for known, cls in zip(plain.classes, asked.classes, strict=True):
+        assert known.scratch_bytes == ()
+        for recompute in ("none", "selective", "full"):
+            for gathers in (False, True):
+                assert cls.saved(recompute, gathers) <= known.saved(recompute, gathers)
+                assert cls.whole(recompute, gathers) <= known.whole(recompute, gathers)
+    # Recomputed, the product and the tanh of one layer are alive while it goes back.
+    assert one <= block.scratch("full") <= 8 * one
 
 
 def test_layers_are_one_class_even_if_their_initialisers_are_made_anew():

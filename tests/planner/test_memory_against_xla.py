@@ -17,6 +17,7 @@ from shardpar.planner.cost import Workload
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.search import search
 from shardpar.spec.parameters import optimizer_layout, parameter_layout
+from shardpar.spec.select import strategies
 from tests.planner.cases import cluster_of
 
 BATCH, LENGTH = 64, 64
@@ -35,12 +36,21 @@ def captured():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("devices", "data", "fsdp", "tensor"), [(8, 8, 1, 1), (8, 1, 8, 1), (4, 1, 1, 4)]
+    ("devices", "data", "fsdp", "tensor", "recompute", "parallel"),
+    [
+        (8, 8, 1, 1, "full", False),
+        (8, 1, 8, 1, "full", False),
+        (4, 1, 1, 4, "full", False),
+        (8, 2, 1, 4, "none", True),
+        (8, 1, 2, 4, "selective", True),
+    ],
 )
-def test_the_prediction_is_within_a_factor_of_two(captured, devices, data, fsdp, tensor):
+def test_the_prediction_is_within_a_quarter(
+    captured, devices, data, fsdp, tensor, recompute, parallel
+):
     pins = SearchOptions(
-        data=data, fsdp=fsdp, tensor=tensor, recompute="full", sequence_parallel=False,
-        microbatch=BATCH // data // fsdp,
+        data=data, fsdp=fsdp, tensor=tensor, zero1=1, recompute=recompute,
+        sequence_parallel=parallel, microbatch=BATCH // data // fsdp, stages=1,
     )  # fmt: skip
     found = search(captured.graph, cluster_of(devices), Workload(BATCH), pins)
     program = Program(captured, found.plan, optax.adam(1e-3), ProgramOptions(layers="scan"))
@@ -51,14 +61,14 @@ def test_the_prediction_is_within_a_factor_of_two(captured, devices, data, fsdp,
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    assert actual / 2 < found.cost.peak_bytes < actual * 2
+    assert actual / 1.25 < found.cost.peak_bytes < actual * 1.25
     # What goes in is known to the byte: weights, two moments, the batch, and two counters.
     (stage,) = found.plan.pipelines[0].stages
-    (strategy,) = stage.layers
+    chosen = strategies(stage, captured.graph)
     elements = sum(
-        math.prod(layout(parameter, strategy, stage.mesh).shard_shape(parameter.shape))
+        math.prod(layout(parameter, chosen[layer.name], stage.mesh).shard_shape(parameter.shape))
         for layout in (parameter_layout, optimizer_layout, optimizer_layout)
-        for _, _, parameter in captured.graph.parameters
+        for _, layer, parameter in captured.graph.parameters
     )
     tokens = 2 * BATCH * LENGTH // data // fsdp
     assert memory.argument_size_in_bytes == 4 * (elements + tokens + 2)

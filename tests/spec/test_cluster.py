@@ -88,6 +88,10 @@ def kind(**changed):
             lambda: kind(efficiency=60),
             'device kind "k": efficiency is 60; it is a share of the peak, at most 1',
         ),
+        (
+            lambda: kind(extra_copies=-0.5),
+            'device kind "k": extra_copies is -0.5; write 0 or more',
+        ),
         (lambda: Link(0), "link: bandwidth is 0; write positive bytes per second"),
         (lambda: Link(1, -1), "link: latency_s is -1; write seconds, 0 or more"),
         (

@@ -49,6 +49,36 @@ def test_full_recompute_keeps_the_inputs_that_grow_with_the_batch():
     assert [cls.saved(r) - entering for r in ("none", "selective", "full")] == [9.0, 4.0, 0.0]
 
 
+STREAM_BYTES = 8 * LENGTH * 64 * 4
+
+
+def test_where_weights_are_gathered_what_is_made_of_them_is_not_kept():
+    cls = layer_class(
+        "Block",
+        saved_bytes=(("none", 9.0), ("gathered", 7.0), ("selective", 4.0)),
+        whole_bytes=(("none", 3.0), ("gathered", 2.0), ("selective", 1.0)),
+    )
+    choices = ("none", "selective", "full")
+    for gathers, saved, whole in (
+        (False, [9.0, 4.0, 0.0], [3.0, 1.0, 0.0]),
+        (True, [7.0, 4.0, 0.0], [2.0, 1.0, 0.0]),
+    ):
+        assert [cls.saved(r, gathers) - STREAM_BYTES for r in choices] == saved
+        assert [cls.whole(r, gathers) for r in choices] == whole
+
+
+def test_without_figures_for_gathered_weights_those_of_none_count():
+    cls = layer_class("Block", saved_bytes=(("none", 9.0), ("selective", 4.0)))
+    assert cls.saved("none", gathers=True) == cls.saved("none") == STREAM_BYTES + 9.0
+    assert [cls.whole(r, g) for r in ("none", "full") for g in (True, False)] == [0.0] * 4
+
+
+def test_scratch_is_the_chains_for_a_choice_and_the_layers_where_that_is_unknown():
+    cls = layer_class("Block", temp_bytes=5.0, scratch_bytes=(("none", 3.0), ("full", 8.0)))
+    assert [cls.scratch(r) for r in ("none", "selective", "full")] == [3.0, 5.0, 8.0]
+    assert layer_class("Block", temp_bytes=5.0).scratch("full") == 5.0
+
+
 def test_bytes_follow_shape_and_dtype():
     assert UP.num_bytes == DOWN.num_bytes == 64 * 256 * 4
     assert Parameter("scalar", (), "bfloat16", ()).num_bytes == 2
@@ -83,6 +113,18 @@ BLOCK = layer_class("Block")
         (
             lambda: layer_class("Block", saved_bytes=(("none", 1.0),)),
             "layer class Block: saved_bytes has none; write the bytes for none and for selective",
+        ),
+        (
+            lambda: layer_class("Block", saved_bytes=()),
+            "layer class Block: saved_bytes has nothing; "
+            "write the bytes for none and for selective",
+        ),
+        (
+            lambda: layer_class(
+                "Block", saved_bytes=(("none", 1.0), ("gathered", 1.0), ("full", 1.0))
+            ),
+            "layer class Block: saved_bytes has none, gathered, full; "
+            "write the bytes for none and for selective",
         ),
     ],
 )

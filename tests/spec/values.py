@@ -162,6 +162,7 @@ kinds = st.builds(
     st.floats(0.01, 1.0),
     sources,
     names,
+    st.just(0.0) | st.floats(0, 4),
 )
 
 
@@ -190,6 +191,11 @@ def activations(draw):
     return Activation(shape, draw(dtypes), draw(dim), draw(dim))
 
 
+def _by_recompute(*keys):
+    """Bytes for these recompute choices, or nothing."""
+    return st.just(()) | st.tuples(*(st.tuples(st.just(key), seconds) for key in keys))
+
+
 def _tuples(strategy):
     return st.lists(strategy, max_size=2).map(tuple)
 
@@ -205,10 +211,16 @@ def graphs(draw):
             draw(_tuples(activations())),
             draw(_tuples(activations())),
             *(draw(seconds) for _ in range(4)),
-            saved_bytes=(("none", draw(seconds)), ("selective", draw(seconds))),
+            saved_bytes=(
+                ("none", draw(seconds)),
+                *draw(_by_recompute("gathered")),
+                ("selective", draw(seconds)),
+            ),
             temp_bytes=draw(seconds),
             matmul_flops=draw(seconds),
             attention_flops=draw(seconds),
+            whole_bytes=draw(_by_recompute("none", "gathered", "selective")),
+            scratch_bytes=draw(_by_recompute("none", "selective", "full")),
         )
         for name in listed
     )
