@@ -81,14 +81,21 @@ class Chain:
 
         return layer if policy is None else jax.checkpoint(layer, policy=policy, prevent_cse=False)
 
-    def compiled_bytes(self, recompute: str, device: Any) -> tuple[float, float]:
+    def compiled_bytes(self, recompute: str, device: Any) -> tuple[float, float] | None:
         """(bytes the compiler allots per layer, bytes it allots however deep the chain is).
+
+        None if even so short a chain is too large for the device.
 
         Args:
           recompute: none, selective or full.
           device: whose compiler; None takes jax's default device.
         """
-        shallow, deep = (self._temp_bytes(recompute, depth, device) for depth in (SHALLOW, DEEP))
+        try:
+            shallow, deep = (self._temp_bytes(recompute, n, device) for n in (SHALLOW, DEEP))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                return None
+            raise
         slope = max(0.0, (deep - shallow) / (DEEP - SHALLOW))
         return slope, max(0.0, shallow - SHALLOW * slope)
 
@@ -142,7 +149,7 @@ def chain_of(
     if any(jax.dtypes.issubdtype(invars[i].aval.dtype, jax.dtypes.extended) for i in shared):
         return None
     own = [i for i, name in enumerate(parameters) if name is not None]
-    if not all(jnp.issubdtype(invars[i].aval.dtype, jnp.floating) for i in own):
+    if not own or not all(jnp.issubdtype(invars[i].aval.dtype, jnp.floating) for i in own):
         return None
     function = as_function(closed)
 

@@ -13,21 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from shardpar.capture._compat import (
-    as_function,
     is_dropped,
     is_literal,
     matmul_flops,
-    residuals,
     subjaxpr,
 )
-from shardpar.capture.chain import chain_of
+from shardpar.capture.costs import price
 from shardpar.capture.cut import CutProgram, LayerCall, cut
 from shardpar.capture.layers import marked_class
 from shardpar.capture.model import AbstractModel, Init, Loss, abstract_model
-from shardpar.capture.recompute import policy_of
 from shardpar.errors import CaptureError
 from shardpar.spec.graph import OUTSIDE, Activation, Layer, LayerClass, LayerGraph, Parameter
 
@@ -103,6 +99,14 @@ def trace(
     grown = _cut_with(model, loss, shapes, compute_dtype, dim=0)
     longer = _cut_with(model, loss, shapes, compute_dtype, dim=1)
     pieces = _pieces(program, model)
+    batch_size = next(iter(shapes.values())).shape[0]
+    # One sequence stands for all when a target's compiler is asked: a batch may be too much for it.
+    one = (
+        _cut_with(model, loss, shapes, compute_dtype, dim=0, size=1) if device is not None else None
+    )
+    smalls = None if one is None else _pieces(one, model)
+    if smalls is not None and len(smalls) != len(pieces):
+        smalls = None
     twins = [None if other is None else _pieces(other, model) for other in (grown, longer)]
     classes: dict[Any, LayerClass] = {}
     texts: dict[int, Any] = {}
@@ -117,7 +121,7 @@ def trace(
             notify(name)
             classes[fingerprint] = _price(
                 name, piece, [t[position] if t and len(t) == len(pieces) else None for t in twins],
-                model, device,
+                model, device, smalls[position] if smalls else None, float(batch_size),
             )  # fmt: skip
         layers.append(
             Layer(
@@ -139,7 +143,7 @@ def trace(
         )
     graph = LayerGraph(
         model=_model_name(init, model),
-        batch=next(iter(shapes.values())).shape[0],
+        batch=batch_size,
         tokens=_tokens(shapes),
         compute_dtype=compute_dtype,
         classes=tuple(classes.values()),
@@ -218,7 +222,13 @@ def _fingerprint(piece: _Piece, model: AbstractModel, texts: dict[int, Any]) -> 
 
 
 def _price(
-    name: str, piece: _Piece, twins: list[_Piece | None], model: AbstractModel, device: Any
+    name: str,
+    piece: _Piece,
+    twins: list[_Piece | None],
+    model: AbstractModel,
+    device: Any,
+    small: _Piece | None,
+    scale: float,
 ) -> LayerClass:
     inputs = [v.aval for v in piece.closed.jaxpr.invars]
     outputs = [v.aval for v in piece.closed.jaxpr.outvars]
@@ -236,7 +246,9 @@ def _price(
         for activation in [_activation(aval, i, twins, "outvars")]
         if activation is not None
     ]
-    costs = _compile_costs(piece, model, device)
+    costs = price(
+        piece.closed, piece.parameters, model.dims, device, small.closed if small else None, scale
+    )
     prefix = len(piece.path) + 1 if piece.path else 0
     products, attention = matmul_flops(piece.closed.jaxpr)
     return LayerClass(
@@ -256,88 +268,6 @@ def _price(
         whole_bytes=tuple(costs.whole.items()),
         scratch_bytes=tuple(costs.scratch.items()),
     )
-
-
-@dataclass(frozen=True)
-class _Costs:
-    """XLA's figures of one piece; bytes by recompute choice."""
-
-    forward: dict[str, float]
-    both: dict[str, float]
-    temp_bytes: float
-    saved: dict[str, float]
-    whole: dict[str, float]
-    scratch: dict[str, float]
-
-
-def _compile_costs(piece: _Piece, model: AbstractModel, device: Any) -> _Costs:
-    avals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in piece.closed.jaxpr.invars]
-    function = as_function(piece.closed)
-    floats = [i for i, a in enumerate(avals) if jnp.issubdtype(a.dtype, jnp.floating)]
-
-    def of_floats(rest: Any) -> Callable[..., list[Any]]:
-        def run(*values: Any) -> list[Any]:
-            full = list(rest)
-            for i, value in zip(floats, values, strict=True):
-                full[i] = value
-            out = function(*full)
-            return [y for y in out if jnp.issubdtype(jnp.result_type(y), jnp.inexact)]
-
-        return run
-
-    def both(args: Any, cotangents: Any) -> Any:
-        out, pullback = jax.vjp(of_floats(args), *[args[i] for i in floats])
-        return out, pullback(cotangents)
-
-    cotangents = jax.eval_shape(lambda args: of_floats(args)(*[args[i] for i in floats]), avals)
-    compiled_forward = jax.jit(lambda args: function(*args)).lower(avals).compile()
-    compiled_both = jax.jit(both).lower(avals, cotangents).compile()
-    chain = chain_of(piece.closed, piece.parameters, model.dims)
-    if chain is None:
-        kept = {key: _kept(of_floats, floats, avals, key) for key in ("none", "selective")}
-        whole: dict[str, float] = {}
-        scratch: dict[str, float] = {}
-        temp = compiled_both.memory_analysis().temp_size_in_bytes
-        if device is not None:
-            place = SingleDeviceSharding(device)
-            placed = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-                (avals, cotangents),
-            )
-            temp = jax.jit(both).lower(*placed).compile().memory_analysis().temp_size_in_bytes
-    else:
-        kept, whole, scratch = {}, {}, {}
-        for key in ("none", "gathered", "selective"):
-            kept[key], whole[key] = chain.kept_bytes(key)
-        temp = compiled_both.memory_analysis().temp_size_in_bytes
-        entering = chain.entering_bytes
-        for key in ("none", "selective", "full") if device is not None else ():
-            per_layer, scratch[key] = chain.compiled_bytes(key, device)
-            # A compiler may keep less than the loop's residuals, never more.
-            share = min(1.0, max(0.0, per_layer - entering) / kept[key]) if kept.get(key) else 1.0
-            for other in {"none": ("none", "gathered")}.get(key, (key,)):
-                if other in kept:
-                    kept[other], whole[other] = share * kept[other], share * whole[other]
-    return _Costs(_cost(compiled_forward), _cost(compiled_both), float(temp), kept, whole, scratch)
-
-
-def _kept(of_floats: Any, floats: list[int], avals: list[Any], recompute: str) -> float:
-    """Bytes a layer that is no link of a chain keeps for its backward."""
-    policy = policy_of(recompute, gathers=False)
-
-    def residuals_of(args: Any) -> Any:
-        run = of_floats(args)
-        if policy is not None:
-            run = jax.checkpoint(run, policy=policy)
-        return residuals(run, *[args[i] for i in floats])
-
-    shapes = jax.eval_shape(residuals_of, avals)
-    return float(sum(x.size * x.dtype.itemsize for x in shapes))
-
-
-def _cost(compiled: Any) -> dict[str, float]:
-    cost = compiled.cost_analysis() or {}
-    return {key: max(0.0, float(cost.get(key, 0.0))) for key in ("flops", "bytes accessed")}
 
 
 def _parameter(short: str, full: str, model: AbstractModel) -> Parameter:
@@ -366,14 +296,19 @@ def _activation(aval: Any, index: int, twins: list[_Piece | None], side: str) ->
 
 
 def _cut_with(
-    model: AbstractModel, loss: Loss, shapes: Mapping[str, Any], dtype: str, dim: int
+    model: AbstractModel,
+    loss: Loss,
+    shapes: Mapping[str, Any],
+    dtype: str,
+    dim: int,
+    size: int | None = None,
 ) -> CutProgram | None:
-    """The same program for a batch that is twice as big (dim 0) or half as long (dim 1)."""
+    """The same program for a batch twice as big (dim 0), half as long (dim 1), or of a size."""
     changed = {}
     for name, leaf in shapes.items():
         shape = list(leaf.shape)
         if dim < len(shape):
-            shape[dim] = shape[dim] * 2 if dim == 0 else shape[dim] // 2
+            shape[dim] = size or (shape[dim] * 2 if dim == 0 else shape[dim] // 2)
         changed[name] = jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
     if any(0 in leaf.shape for leaf in changed.values()):
         return None

@@ -134,6 +134,23 @@ class PlanCost:
 
 
 @dataclass(frozen=True)
+class Weights:
+    """A layer's parameters on one device, and what moving them costs; recompute has no part in it.
+
+    Attributes:
+      stored, computed, updated: elements at rest, while the layer computes, in the optimizer.
+      gather_s, sync_s, update_s: as in LayerCost, traffic alone.
+    """
+
+    stored: float
+    computed: float
+    updated: float
+    gather_s: float
+    sync_s: float
+    update_s: float
+
+
+@dataclass(frozen=True)
 class Setting:
     """Where a layer runs and how often: all that its price depends on besides class and strategy.
 
@@ -163,6 +180,17 @@ class Setting:
         return rates(self.cluster, self.devices, self.workload.compute_dtype)
 
     @functools.cached_property
+    def _weights(self) -> dict[object, Weights]:
+        return {}
+
+    def weights(self, cls: LayerClass, strategy: LayerStrategy) -> Weights:
+        """A layer's parameters here; equal for strategies that lay them out alike."""
+        key = (cls.name, strategy.tensor, strategy.fsdp, strategy.zero1)
+        if key not in self._weights:
+            self._weights[key] = _weights(cls, strategy, self)
+        return self._weights[key]
+
+    @functools.cached_property
     def _links(self) -> dict[Axes, Link]:
         return {}
 
@@ -171,6 +199,20 @@ class Setting:
         if axes not in self._links:
             self._links[axes] = link_over(self.cluster, self.devices, self.mesh, axes)
         return self._links[axes]
+
+
+def _weights(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> Weights:
+    stored = computed = updated = 0.0
+    for parameter in cls.parameters:
+        at_rest, in_use, update = _pieces(
+            parameter, strategy.tensor, strategy.fsdp, strategy.zero1, setting.mesh,
+            setting.tensor_dims,
+        )  # fmt: skip
+        stored, computed, updated = stored + at_rest, computed + in_use, updated + update
+    moved_s = dict.fromkeys(("gather", "sync", "update"), 0.0)
+    for traffic in weight_traffic(cls, strategy, setting):
+        moved_s[traffic.term] += traffic.seconds(setting)
+    return Weights(stored, computed, updated, moved_s["gather"], moved_s["sync"], moved_s["update"])
 
 
 def plan_cost(plan: Plan, graph: LayerGraph, cluster: Cluster, workload: Workload) -> PlanCost:
@@ -307,18 +349,17 @@ def arrival_s(cls: LayerClass, source: tuple[int, ...], link: Link, setting: Set
 
 def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> LayerCost:
     """Prices one layer of a class under a strategy, for one micro-batch on one device."""
-    mesh, workload, dims = setting.mesh, setting.workload, setting.tensor_dims
+    mesh, workload = setting.mesh, setting.workload
     speed = setting.speed
     data, tensor = strategy.data_axes(mesh), strategy.tensor
     shards, degree = mesh.size_of(data), mesh.size_of(tensor)
     share = setting.microbatch / setting.graph_batch / shards
     item = DTYPE_BYTES[workload.compute_dtype]
 
+    held = setting.weights(cls, strategy)
+    stored, computed, updated = held.stored, held.computed, held.updated
     # Weights are read whole by every micro-batch, however small; activations shrink with it.
-    weights = item * sum(
-        _pieces(p, strategy.tensor, strategy.fsdp, strategy.zero1, mesh, dims)[1]
-        for p in cls.parameters
-    )
+    weights = item * computed
     forward_s = _compute_s(cls.forward_flops, cls.forward_bytes, weights, share / degree, speed)
     backward_s = _compute_s(
         cls.backward_flops, cls.backward_bytes, 2 * weights, share / degree, speed
@@ -329,17 +370,8 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
         # Matmul results are kept; what is computed again is bound by memory.
         backward_s += cls.forward_bytes * share / degree / speed.memory_bandwidth
 
-    moved_s = dict.fromkeys(("tensor", "gather", "sync", "update"), 0.0)
-    for traffic in layer_traffic(cls, strategy, setting):
-        moved_s[traffic.term] += traffic.seconds(setting)
-    tensor_s, gather_s, sync_s = moved_s["tensor"], moved_s["gather"], moved_s["sync"]
-    update_s, cross_s = moved_s["update"], 0.0
-    stored = computed = updated = 0.0
-    for parameter in cls.parameters:
-        at_rest, in_use, update = _pieces(
-            parameter, strategy.tensor, strategy.fsdp, strategy.zero1, mesh, dims
-        )
-        stored, computed, updated = stored + at_rest, computed + in_use, updated + update
+    tensor_s = math.fsum(t.seconds(setting) for t in tensor_traffic(cls, strategy, setting))
+    gather_s, sync_s, update_s, cross_s = held.gather_s, held.sync_s, held.update_s, 0.0
     # The optimizer reads and writes master weights, gradient and its own slots once.
     update_s += updated * 4 * (3 + 2 * workload.optimizer_slots) / speed.memory_bandwidth
     if setting.pipelines > 1:
@@ -428,24 +460,42 @@ def layer_traffic(
     cls: LayerClass, strategy: LayerStrategy, setting: Setting
 ) -> tuple[Traffic, ...]:
     """The collectives of one layer: of tensor parallelism, of weights and of gradients."""
-    mesh, dims = setting.mesh, setting.tensor_dims
-    data, tensor = strategy.data_axes(mesh), strategy.tensor
+    return (
+        *tensor_traffic(cls, strategy, setting),
+        *weight_traffic(cls, strategy, setting),
+    )
+
+
+def tensor_traffic(
+    cls: LayerClass, strategy: LayerStrategy, setting: Setting
+) -> tuple[Traffic, ...]:
+    """The collectives of activations that tensor and sequence parallelism need."""
+    mesh, tensor = setting.mesh, strategy.tensor
+    if not tensor:
+        return ()
+    share = setting.microbatch / setting.graph_batch / mesh.size_of(strategy.data_axes(mesh))
+    border = sum(a.num_bytes for a in cls.outputs if a.batch_dim is not None) * share
+    rows = sum(_is_row_parallel(p, setting.tensor_dims) for p in (*cls.parameters, *cls.tied))
+    again = 3 if strategy.recompute == "full" else 2
+    found = [Traffic("tensor", "all-reduce", tensor, border, again * rows)]
+    if strategy.sequence_parallel:
+        # Gathered on entry, again for the backward, and once for the gradient at the exit.
+        found.append(Traffic("tensor", "all-gather", tensor, border, 3))
+    return tuple(t for t in found if t.times and t.num_bytes)
+
+
+def weight_traffic(
+    cls: LayerClass, strategy: LayerStrategy, setting: Setting
+) -> tuple[Traffic, ...]:
+    """The collectives of a layer's parameters and gradients."""
+    mesh = setting.mesh
     item = DTYPE_BYTES[setting.workload.compute_dtype]
-    share = setting.microbatch / setting.graph_batch / mesh.size_of(data)
     found: list[Traffic] = []
-    if tensor:
-        border = sum(a.num_bytes for a in cls.outputs if a.batch_dim is not None) * share
-        rows = sum(_is_row_parallel(p, dims) for p in (*cls.parameters, *cls.tied))
-        again = 3 if strategy.recompute == "full" else 2
-        found.append(Traffic("tensor", "all-reduce", tensor, border, again * rows))
-        if strategy.sequence_parallel:
-            # Gathered on entry, again for the backward, and once for the gradient at the exit.
-            found.append(Traffic("tensor", "all-gather", tensor, border, 3))
     for parameter in cls.parameters:
         at_rest, in_use, update = _pieces(
-            parameter, tensor, strategy.fsdp, strategy.zero1, mesh, dims
+            parameter, strategy.tensor, strategy.fsdp, strategy.zero1, mesh, setting.tensor_dims
         )
-        rest = data
+        rest = strategy.data_axes(mesh)
         if at_rest < in_use:
             found.append(Traffic("gather", "all-gather", strategy.fsdp, in_use * item, 2))
             found.append(Traffic("sync", "reduce-scatter", strategy.fsdp, in_use * item, 1))
@@ -455,7 +505,7 @@ def layer_traffic(
             found.append(Traffic("update", "all-gather", strategy.zero1, at_rest * 4, 1))
             rest = tuple(a for a in rest if a not in strategy.zero1)
         found.append(Traffic("sync", "all-reduce", rest, update * item, 1))
-    return tuple(t for t in found if t.times and t.num_bytes and mesh.size_of(t.axes) > 1)
+    return tuple(t for t in found if t.num_bytes and mesh.size_of(t.axes) > 1)
 
 
 def predicted_collectives(

@@ -182,7 +182,11 @@ def lower_bound(problem: Problem, shape: Shape, cutoff: float = math.inf) -> flo
     than `cutoff`.
     """
     table = problem.table(shape)
-    return math.inf if table is None else relaxed(table.lower, shape.num_microbatches, cutoff)[0]
+    return (
+        math.inf
+        if table is None
+        else relaxed(table.lower, shape.num_microbatches, cutoff, problem.options.epsilon / 4)[0]
+    )
 
 
 def best_pipeline(problem: Problem, shape: Shape, cutoff: float = math.inf) -> Found | None:

@@ -26,7 +26,7 @@ Units = tuple[int, ...]
 """How many units of each kind."""
 
 MOST_UNITS = 4
-MOST_STAGES = 32
+MOST_STAGES = 16
 MOST_SHARES = 64
 """Shares of the batch are multiples of this part of it, where the batch is that large."""
 

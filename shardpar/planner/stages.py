@@ -78,14 +78,12 @@ def divide(
     """
     best: Division | None = None
     while True:
-        bound_s, cuts = relaxed(table.lower, microbatches)
         reached = min(cutoff, best.step_s if best else math.inf)
-        if bound_s >= reached * (1 - epsilon):
+        bound_s, cuts = relaxed(table.lower, microbatches, slack=epsilon / 2)
+        if not cuts or bound_s >= reached * (1 - epsilon):
             if best is None:
                 return None
             return Division(best.cuts, best.step_s, min(bound_s, best.step_s))
-        if not cuts:
-            return None
         times = [
             table.solve(stage, first, end)
             for stage, (first, end) in enumerate(itertools.pairwise(cuts))
@@ -96,14 +94,22 @@ def divide(
 
 
 def relaxed(
-    lower: Sequence[np.ndarray], microbatches: int, cutoff: float = math.inf
+    lower: Sequence[np.ndarray], microbatches: int, cutoff: float = math.inf, slack: float = 0.0
 ) -> tuple[float, tuple[int, ...]]:
-    """The best division for these seconds as they stand, and its step.
+    """A bound on every division for these seconds as they stand, and the best division found.
 
-    (inf, ()) if there is none that takes less than `cutoff`.
+    Divisions with a smaller slowest stage are asked for one after another, until what
+    the smallest possible one could save no longer helps, or helps by less than `slack`.
 
-    Divisions with a smaller slowest stage are asked for one after another, until
-    what the smallest possible one could save no longer helps.
+    Args:
+      lower: as in StageSeconds.
+      microbatches: m of the objective.
+      cutoff: divisions that take longer are of no interest.
+      slack: how far below the best division the bound may be, as a share; 0 is exact.
+
+    Returns:
+      (bound, division); without slack the division's step is the bound. (inf, ()) if
+      none takes less than `cutoff`; with slack, maybe (a bound near it, ()).
     """
     best = math.inf
     best_cuts: tuple[int, ...] = ()
@@ -113,12 +119,16 @@ def relaxed(
         return math.inf, ()
     while True:
         total, cuts = _fastest_below(lower, cap)
-        if not cuts or total + (microbatches - 1) * least >= min(best, cutoff):
+        if not cuts:
             return best, best_cuts
+        rest_s = total + (microbatches - 1) * least
+        reached = min(best, cutoff)
+        if rest_s >= reached * (1 - slack):
+            return (best if rest_s >= reached else rest_s), best_cuts
         times = [lower[s][a, b] for s, (a, b) in enumerate(itertools.pairwise(cuts))]
         slowest = float(max(times))
         step_s = math.fsum(times) + (microbatches - 1) * slowest
-        if step_s < min(best, cutoff):
+        if step_s < reached:
             best, best_cuts = step_s, cuts
         if microbatches == 1 or slowest <= least:
             return best, best_cuts

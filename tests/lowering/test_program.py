@@ -105,6 +105,23 @@ def test_every_plan_trains_like_plain_flax(name, expected):
     np.testing.assert_allclose(losses_of(plan, **options), expected, rtol=2e-5)
 
 
+@pytest.mark.slow
+def test_layers_of_seven_strategies_train_like_plain_flax():
+    """Every kind of split, each layer another: the planner may ask for any of them side by side."""
+    plan = plan_of(
+        LayerStrategy("embed", tensor=("c",), zero1=("a", "b")),
+        LayerStrategy("blocks[0]", fsdp=("b", "c"), zero1=("a",)),
+        LayerStrategy("blocks[1]", tensor=("b", "c"), sequence_parallel=True, recompute="full"),
+        LayerStrategy("blocks[2]", tensor=("a", "b", "c")),
+        LayerStrategy("blocks[3]", ("c",), ("b",), ("a",), recompute="selective"),
+        LayerStrategy("head", zero1=("a", "b", "c")),
+        LayerStrategy("outside", zero1=("a", "b", "c")),
+    )
+    steps = 10
+    got = losses_of(plan, steps, source=captured(layers=4), layers="scan")
+    np.testing.assert_allclose(got, plain_flax_losses(steps, layers=4), rtol=2e-5)
+
+
 def test_loops_and_recompute_give_the_same_bits_for_the_loss_of_the_first_step():
     values = {
         losses_of(uniform(1, recompute=recompute), steps=1, layers=layers)[0]

@@ -52,9 +52,14 @@ def cuts_of(layers: int, stages: int) -> Iterator[tuple[int, ...]]:
 
 
 def strategies_of(
-    graph: LayerGraph, position: int, mesh: Mesh, pins: dict[str, Pins], microbatch: int
+    graph: LayerGraph,
+    position: int,
+    mesh: Mesh,
+    pins: dict[str, Pins],
+    microbatch: int,
+    most_tensor: int,
 ) -> list[LayerStrategy]:
-    """What one layer may do."""
+    """What one layer may do; tensor parallelism stays inside a host unless it is pinned."""
     layer = graph.layers[position]
     own = pins[layer.name]
     each = own.microbatch
@@ -63,9 +68,16 @@ def strategies_of(
     found = []
     for strategy in layer_strategies(mesh, own):
         shards = mesh.size_of(strategy.data_axes(mesh))
-        if each in (None, microbatch / shards):
+        wide = own.tensor is None and mesh.size_of(strategy.tensor) > most_tensor
+        if each in (None, microbatch / shards) and not wide:
             found.append(replace(strategy, layers=layer.name))
     return found
+
+
+def devices_of_a_host(cluster: Cluster, devices: tuple[int, ...]) -> int:
+    """Of these devices, the most that one host has."""
+    hosts = [cluster.host_of(d) for d in devices]
+    return max(hosts.count(host) for host in hosts)
 
 
 def every_plan(
@@ -78,7 +90,12 @@ def every_plan(
         for microbatch, cuts in itertools.product(
             divisors(work.global_batch), cuts_of(layers, len(groups))
         ):
-            each = [strategies_of(graph, i, mesh, pins, microbatch) for i in range(layers)]
+            # Which stage a layer is in says how many of its devices share a host.
+            each = [
+                strategies_of(graph, i, mesh, pins, microbatch, devices_of_a_host(cluster, devices))
+                for devices, (first, end) in zip(groups, itertools.pairwise(cuts), strict=True)
+                for i in range(first, end)
+            ]
             for chosen in itertools.product(*each):
                 if not outside_follows(graph, chosen, cuts, mesh):
                     continue
@@ -128,7 +145,8 @@ class Chains:
         self.choices = []
         for i, layer in enumerate(graph.layers):
             cls, own = graph.class_of(layer), []
-            for s in strategies_of(graph, i, setting.mesh, pins, setting.microbatch):
+            most = devices_of_a_host(setting.cluster, setting.devices)
+            for s in strategies_of(graph, i, setting.mesh, pins, setting.microbatch, most):
                 try:
                     check_layer(cls, s, setting.microbatch, setting.mesh)
                 except PlanError:
@@ -204,8 +222,9 @@ def fastest_by_chains(
                     if first < end:
                         arrives_s = 0.0
                         if number:
-                            name = graph.layers[first].name
-                            arrives_s = arrival_s(graph, name, groups[number - 1], setting)
+                            cls, source = graph.class_of(graph.layers[first]), groups[number - 1]
+                            link = cluster.link_among((*source, *devices))
+                            arrives_s = arrival_s(cls, source, link, setting)
                         seconds = chains.best(first, end, limit, in_flight)
                         table[first, end] = seconds + arrives_s
                 tables.append(table)

@@ -216,7 +216,7 @@ def test_the_best_uniform_plan_is_the_best_of_all_uniform_plans(devices, memory,
     priced = []
     for microbatch in (16, 8, 4, 2, 1):
         pins = {layer.name: Pins(recompute=recompute) for layer in graph.layers}
-        for s in strategies_of(graph, 1, mesh, pins, microbatch):
+        for s in strategies_of(graph, 1, mesh, pins, microbatch, devices):
             plan = uniform(
                 graph, devices, microbatch, 16, tensor=s.tensor, fsdp=s.fsdp, zero1=s.zero1,
                 sequence_parallel=s.sequence_parallel, recompute=s.recompute,
@@ -426,9 +426,13 @@ def test_a_model_that_fits_nowhere_says_by_how_much_and_where_it_would():
         "nothing fits: the smallest plan (tp2 sp, recompute full; tp2 sp, recompute selective; "
         "tp2 sp, micro-batch 1) needs 0.04 GiB per device (state 0.04, activations 0.00, scratch "
         "0.00) and 0.02 GiB may be used on unit-1x2: 0.02 GiB (19621004 bytes) are missing; "
-        "it would fit on 4 such devices"
+        "it would fit on 8 such devices"
     )
-    assert (error.missing_bytes, error.suggestion) == (19621004, "it would fit on 4 such devices")
+    assert (error.missing_bytes, error.suggestion) == (19621004, "it would fit on 8 such devices")
+    # On 4 it would only with tensor parallelism between hosts, which has to be asked for.
+    work, two_hosts = Workload(16), cluster_of(2, hosts=2, memory_bytes=2.5e7)
+    infeasible(gpt(), two_hosts, work)
+    search(gpt(), two_hosts, work, SearchOptions(tensor=4))
 
 
 def on(count, cluster):

@@ -125,6 +125,26 @@ def test_relaxed_is_the_best_for_the_seconds_as_they_stand(both, microbatches):
 
 
 @settings(max_examples=100, deadline=None)
+@given(tables(), st.integers(1, 8), st.floats(0.5, 1.5), st.sampled_from([0.0, 0.05, 0.3]))
+def test_relaxed_bounds_every_division_that_is_of_interest(both, microbatches, share, slack):
+    _, lower = both
+    best = brute_force(lower, microbatches)
+    cutoff = best * share if math.isfinite(best) else 1.0
+    found, cuts = relaxed(lower, microbatches, cutoff, slack)
+    if best >= cutoff:
+        assert cuts == ()
+        # Nothing takes less than the cutoff; the bound says so, or nearly.
+        assert found >= cutoff * (1 - slack) * (1 - TINY)
+        return
+    assert best * (1 - slack) * (1 - TINY) <= found <= best * (1 + TINY)
+    if cuts:
+        assert step_s(lower, cuts, microbatches) * (1 - slack) <= found * (1 + TINY)
+    else:
+        assert slack > 0
+        assert found >= cutoff * (1 - slack) * (1 - TINY)
+
+
+@settings(max_examples=100, deadline=None)
 @given(tables())
 def test_the_most_even_division_has_the_least_of_the_costliest_stages(both):
     costs, _ = both
