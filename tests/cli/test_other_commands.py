@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from shardpar.planner.strategies import describe
 from shardpar.spec.text import graph_from_text, plan_from_text
 from tests.cli.command import ROOT, TINY, shardpar
 
@@ -16,10 +17,16 @@ H100 = str(ROOT / "configs" / "clusters" / "h100x8.yaml")
 
 def test_a_plan_is_printed_saved_and_used_again(tmp_path):
     printed = shardpar("plan", GPT, *TINY, "--devices", "8", "--out", "plan.yaml", cwd=tmp_path)
-    assert "embed, blocks[0:2], head, outside" in printed.stdout
     plan = plan_from_text((tmp_path / "plan.yaml").read_text())
     assert plan.global_batch == 8
     assert len(plan.devices) == 8
+    (stage,) = plan.pipelines[0].stages  # what is to run here has one stage
+    for strategy in stage.layers:
+        assert describe(strategy, stage.mesh) in printed.stdout
+    for layers in ("embed", "blocks[0", "head", "outside"):
+        assert layers in printed.stdout
+    assert plan.objective.gap == 0
+    assert "no plan of the searched space is faster by the cost model" in printed.stdout
     dry = shardpar(
         "train", GPT, *TINY, "--devices", "8", "--plan", "plan.yaml", "--dry-run", cwd=tmp_path
     )
@@ -27,10 +34,52 @@ def test_a_plan_is_printed_saved_and_used_again(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_layers_fixed_by_hand_stay_so_and_the_rest_is_completed(tmp_path):
+    shardpar(
+        "plan", GPT, *TINY, "--devices", "8", "--out", "plan.yaml", "--fix",
+        "embed zero1=4 fsdp=1; blocks[0] tensor=1 fsdp=4; blocks[1] tensor=4 recompute=full",
+        cwd=tmp_path,
+    )  # fmt: skip
+    plan = plan_from_text((tmp_path / "plan.yaml").read_text())
+    (stage,) = plan.pipelines[0].stages
+    size = stage.mesh.size_of
+    embed, first, second = stage.layers[:3]
+    assert [s.layers for s in (embed, first, second)] == ["embed", "blocks[0]", "blocks[1]"]
+    assert (size(embed.zero1), embed.fsdp) == (4, ())
+    assert (size(first.tensor), size(first.fsdp)) == (1, 4)
+    assert (size(second.tensor), second.recompute) == (4, "full")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "blocks tesnor=2",
+            'plan.fix: "blocks tesnor=2": tesnor=2 is not one of data, fsdp, tensor, zero1, '
+            'recompute, sequence_parallel with a value; did you mean "tensor"?',
+        ),
+        (
+            "block tensor=2",
+            'layers "block": the model has no such layer; its layers are embed, blocks[0:2], '
+            'head, outside; did you mean "blocks[1]"?',
+        ),
+    ],
+)
+def test_what_cannot_be_fixed_is_one_line(text, message, tmp_path):
+    done = shardpar("plan", GPT, *TINY, "--devices", "8", "--fix", text, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith(message)
+    assert "Traceback" not in done.stderr
+
+
 def test_a_plan_for_machines_elsewhere_comes_as_one_json_object(tmp_path):
     done = shardpar("plan", LLAMA, "--cluster", H100, "--json", cwd=tmp_path)
     found = json.loads(done.stdout)
-    assert set(found) == {"plan", "step_s", "peak_bytes", "lower_bound_s", "gap", "search_s"}
+    assert set(found) == {
+        "plan", "step_s", "simulated_s", "peak_bytes", "lower_bound_s", "gap", "search_s",
+    }  # fmt: skip
+    assert found["lower_bound_s"] <= found["step_s"]
+    assert found["simulated_s"] == pytest.approx(found["step_s"], rel=0.25)
     assert found["peak_bytes"] < 80e9 * 0.9
     assert plan_from_text(found["plan"]).cluster == "h100x8"
 

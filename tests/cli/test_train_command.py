@@ -21,6 +21,12 @@ PLANS = {
     "fsdp8": ("plan.fsdp=8",),
     "tp8": ("plan.tensor=8",),
     "dp2 fsdp2 tp2": ("plan.data=2", "plan.fsdp=2", "plan.tensor=2"),
+    "every layer another": (
+        "plan.fix=embed tensor=2; blocks[0] tensor=1 fsdp=4 zero1=2; "
+        "blocks[1] tensor=4 sequence_parallel=true recompute=full; "
+        "blocks[2] tensor=8 sequence_parallel=false; "
+        "blocks[3] tensor=2 fsdp=2 zero1=2 recompute=selective; head tensor=1 zero1=8",
+    ),
 }
 
 

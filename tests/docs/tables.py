@@ -89,7 +89,11 @@ def _commands() -> dict[str, Any]:
 
     from shardpar.cli.main import app
 
-    return dict(get_command(app).commands)  # type: ignore[attr-defined]
+    found: dict[str, Any] = {}
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found |= {f"{name} {sub}": c for sub, c in inner.items()} if inner else {name: command}
+    return found
 
 
 def _command(command: Any) -> str:

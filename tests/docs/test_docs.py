@@ -27,6 +27,8 @@ SLOW = {
     "docs/howto/your-own-model.md",
     "docs/howto/your-own-data.md",
     "docs/howto/resume.md",
+    "docs/howto/profile.md",
+    "docs/concepts/planning.md",
 }
 """Pages that take more than about ten seconds."""
 

@@ -194,6 +194,22 @@ def test_the_plan_for_a_gpt_is_the_best_of_all_chains(devices, hosts, memory, wo
     assert result.plan.objective.gap <= EXACT
 
 
+@pytest.mark.parametrize("options", [FREE, ONE])
+def test_with_an_epsilon_no_shape_that_was_left_out_is_better_than_the_bound(options):
+    cluster, work = cluster_of(8, hosts=2, memory_bytes=5e7), Workload(16)
+    best_s = fastest_by_chains(gpt(), cluster, work, options)
+    worse = []
+    for epsilon in (0.05, 0.15, 0.3, 0.5, 0.7):
+        loose = replace(options, epsilon=epsilon)
+        result = search(gpt(), cluster, work, loose)
+        assert_is_consistent(result, gpt(), cluster, work, loose)
+        objective = result.plan.objective
+        assert objective.lower_bound_s <= best_s * (1 + EXACT)
+        assert objective.gap <= epsilon
+        worse.append(objective.step_s > best_s * (1 + EXACT))
+    assert any(worse)
+
+
 def test_both_oracles_agree():
     graph, cluster, work, options, every = case("some layers fixed")
     for position in (0, len(every) // 3, len(every) - 1):
@@ -409,6 +425,34 @@ def test_what_was_rejected_is_counted_by_its_reason():
             10,
         ),
     )
+
+
+@pytest.mark.parametrize(
+    ("devices", "work", "options"),
+    [
+        # Micro-batches of 4, 2 and 1 cannot be split over 8 devices.
+        (8, Workload(8), SearchOptions(stages=1, tensor=1)),
+        # Eight stages are more than there are layers.
+        (8, Workload(16), SearchOptions()),
+    ],
+)
+def test_what_cannot_run_is_not_counted_as_too_big(devices, work, options):
+    result = search(gpt(), cluster_of(devices, memory_bytes=1e12), work, options)
+    assert result.too_big == 0
+
+
+def test_what_is_too_big_is_counted():
+    # One stage of one device: micro-batches of 16 down to 1, of which the larger do not fit.
+    options = SearchOptions(recompute="none", memory_fraction=1.0)
+    peaks = {
+        m: plan_cost(uniform(gpt(), 1, m, 16), gpt(), cluster_of(1), WORK).peak_bytes
+        for m in (16, 8, 4, 2, 1)
+    }
+    assert len(set(peaks.values())) == 5
+    for fitting in (1, 2, 4, 8, 16):
+        result = search(gpt(), cluster_of(1, memory_bytes=peaks[fitting]), WORK, options)
+        assert result.shapes == 5
+        assert result.too_big == sum(peak > peaks[fitting] for peak in peaks.values())
 
 
 # Errors
