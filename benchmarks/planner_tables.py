@@ -137,9 +137,15 @@ class _Case:
     bound_s: float = 0.0
 
 
-def solve(tables: list[dict[str, Any]], budget_gib: float) -> Solution | None:
-    """The exact optimum over all tables; None if nothing fits."""
-    cases = sorted(_cases(tables, budget_mb(budget_gib)), key=lambda c: c.bound_s)
+def solve(tables: list[dict[str, Any]], budget_gib: float, even: bool = False) -> Solution | None:
+    """The exact optimum over all tables; None if nothing fits.
+
+    Args:
+      tables: as read from the file.
+      budget_gib: of one device.
+      even: keep to each table's own division of the layers.
+    """
+    cases = sorted(_cases(tables, budget_mb(budget_gib), even), key=lambda c: c.bound_s)
     best: tuple[float, TablePlan] | None = None
     loose = math.inf
     for case in cases:
@@ -171,7 +177,7 @@ def solve(tables: list[dict[str, Any]], budget_gib: float) -> Solution | None:
     return Solution(best[1], batch / best[0], batch / min(best[0], loose))
 
 
-def _cases(tables: list[dict[str, Any]], budget: int) -> Iterator[_Case]:
+def _cases(tables: list[dict[str, Any]], budget: int, even: bool) -> Iterator[_Case]:
     for table in tables:
         degrees = sorted({s["tp"] for s in table["layer_strategies"]})
         for max_tp in degrees:
@@ -182,14 +188,14 @@ def _cases(tables: list[dict[str, Any]], budget: int) -> Iterator[_Case]:
                     continue
                 left = budget - buffer_mb(table, max_tp)
                 room = [left - math.ceil(mb) for mb in embed["mem_MB_by_stage"]]
-                case = _case(table, embed, max_tp, room, strategies, lines)
+                case = _case(table, embed, max_tp, room, strategies, lines, even)
                 if case is not None:
                     yield case
 
 
 def _case(
     table: dict[str, Any], embed: dict[str, Any], max_tp: int, room: list[int],
-    strategies: list[dict[str, Any]], lines: list[tuple[np.ndarray, np.ndarray]],
+    strategies: list[dict[str, Any]], lines: list[tuple[np.ndarray, np.ndarray]], even: bool,
 ) -> _Case | None:  # fmt: skip
     total = sum(table["pp_division"])
     counts = np.arange(1, total + 1)
@@ -199,6 +205,8 @@ def _case(
         fits = each >= sizes[0]
         least = np.interp(each, sizes, times) * counts + embed["time_s_no_gradsync"][i]
         stage_s[i, 1:] = np.where(fits, least, np.inf)
+        if even:
+            stage_s[i, np.arange(total + 1) != table["pp_division"][i]] = np.inf
     exact = np.isinf(stage_s)
     case = _Case(table, embed, max_tp, room, strategies, stage_s, exact, {})
     case.bound_s, _ = _divide(case)
@@ -286,12 +294,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tables", type=Path, default=TABLES)
     parser.add_argument("--budget-gib", type=float, action="append")
+    parser.add_argument("--even", action="store_true", help="Keep to the tables' divisions.")
     parser.add_argument("--json", action="store_true", help="One object per budget.")
     args = parser.parse_args()
     for budget in args.budget_gib or sorted(REFERENCE):
         start = time.process_time()
         tables = json.loads(args.tables.read_text())
-        found = solve(tables, budget)
+        found = solve(tables, budget, args.even)
         cpu_s = time.process_time() - start
         if found is None:
             print(json.dumps({"samples_per_s": None, "plan": None, "cpu_seconds": cpu_s}))

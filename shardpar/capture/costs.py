@@ -34,7 +34,7 @@ def price(
     parameters: tuple[str | None, ...],
     dims: Dims,
     device: Any,
-    small: Any,
+    small: tuple[Any, Any] | None,
     scale: float,
 ) -> Costs:
     """Compiles a layer, forward and backward, for this machine's CPU, and asks for its costs.
@@ -44,9 +44,9 @@ def price(
       parameters: per input the full name of the parameter it is, or None.
       dims: logical dim names of each parameter.
       device: whose compiler is asked for scratch; None leaves it at the CPU's.
-      small: the same layer for a batch that is `scale` times smaller, for `device`; None
-        takes the layer itself.
-      scale: see `small`.
+      small: the same layer for one sequence and for two, for `device`: a whole batch may be
+        too much for it; None takes the layer itself.
+      scale: sequences of the layer itself.
     """
     layer = _Layer(closed)
     compiled = jax.jit(layer.both).lower(*layer.shapes()).compile()
@@ -62,27 +62,47 @@ def price(
         for key in ("none", "gathered", "selective"):
             saved[key], whole[key] = chain.kept_bytes(key)
     if device is not None:
-        probe = closed if small is None else small
+        probe, double = (closed, None) if small is None else small
         times = 1.0 if small is None else scale
-        link = chain_of(probe, parameters, dims) if chain else None
-        if link is None:
-            temp = times * _Layer(probe).temp_bytes(device, otherwise=temp / times)
+        links = [chain_of(p, parameters, dims) for p in (probe, double) if p is not None]
+        if chain is None or links[0] is None:
+            temp = _at_batch(
+                times, *(_Layer(p).temp_bytes(device, temp / times) for p in (probe, double) if p)
+            )
         else:
-            scratch = _measure(link, times, device, saved, whole)
+            scratch = _measure(links[0], links[-1], times, device, saved, whole)
     return Costs(_cost(forward), _cost(compiled), temp, saved, whole, scratch)
 
 
+def _at_batch(batch: float, one: float, two: float | None = None) -> float:
+    """Bytes for a batch, from those for one sequence and for two: some do not grow with it."""
+    each = one if two is None else max(0.0, two - one)
+    return max(0.0, one - each) + batch * each
+
+
 def _measure(
-    chain: Chain, times: float, device: Any, saved: dict[str, float], whole: dict[str, float]
+    chain: Chain,
+    double: Chain | None,
+    times: float,
+    device: Any,
+    saved: dict[str, float],
+    whole: dict[str, float],
 ) -> dict[str, float]:
     """Scratch by recompute choice; lowers what is kept to what the compiler says it allots."""
     scratch = {}
     entering = times * chain.entering_bytes
+    fixed = 0.0
+    if double is not None and double is not chain:
+        # Of what a recomputed layer needs, the part that a second sequence does not add.
+        one, two = chain.compiled_bytes("full", device), double.compiled_bytes("full", device)
+        if one is not None and two is not None:
+            fixed = max(0.0, 2 * one[1] - two[1])
     for key in ("none", "selective", "full"):
         compiled = chain.compiled_bytes(key, device)
         if compiled is None:
             continue
-        per_layer, scratch[key] = times * compiled[0], times * compiled[1]
+        per_layer = times * compiled[0]
+        scratch[key] = fixed + times * max(0.0, compiled[1] - fixed)
         if not saved.get(key):
             continue
         # A compiler may keep less than the loop's residuals, never more.

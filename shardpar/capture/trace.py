@@ -101,12 +101,7 @@ def trace(
     pieces = _pieces(program, model)
     batch_size = next(iter(shapes.values())).shape[0]
     # One sequence stands for all when a target's compiler is asked: a batch may be too much for it.
-    one = (
-        _cut_with(model, loss, shapes, compute_dtype, dim=0, size=1) if device is not None else None
-    )
-    smalls = None if one is None else _pieces(one, model)
-    if smalls is not None and len(smalls) != len(pieces):
-        smalls = None
+    smalls = _small_pieces(model, loss, shapes, compute_dtype, pieces) if device else None
     twins = [None if other is None else _pieces(other, model) for other in (grown, longer)]
     classes: dict[Any, LayerClass] = {}
     texts: dict[int, Any] = {}
@@ -211,6 +206,17 @@ def _outside(program: CutProgram, owner: dict[str, str], model: AbstractModel) -
     )  # fmt: skip
 
 
+def _small_pieces(
+    model: AbstractModel, loss: Loss, shapes: Mapping[str, Any], dtype: str, pieces: list[_Piece]
+) -> list[tuple[Any, Any]] | None:
+    """Each piece for one sequence and for two; None where the loss cannot be traced so."""
+    programs = [_cut_with(model, loss, shapes, dtype, dim=0, size=size) for size in (1, 2)]
+    found = [_pieces(program, model) for program in programs if program is not None]
+    if len(found) < 2 or any(len(other) != len(pieces) for other in found):
+        return None
+    return [(one.closed, two.closed) for one, two in zip(*found, strict=True)]
+
+
 def _fingerprint(piece: _Piece, model: AbstractModel, texts: dict[int, Any]) -> Any:
     key = id(piece.closed)
     if key not in texts:
@@ -227,7 +233,7 @@ def _price(
     twins: list[_Piece | None],
     model: AbstractModel,
     device: Any,
-    small: _Piece | None,
+    small: tuple[Any, Any] | None,
     scale: float,
 ) -> LayerClass:
     inputs = [v.aval for v in piece.closed.jaxpr.invars]
@@ -246,9 +252,7 @@ def _price(
         for activation in [_activation(aval, i, twins, "outvars")]
         if activation is not None
     ]
-    costs = price(
-        piece.closed, piece.parameters, model.dims, device, small.closed if small else None, scale
-    )
+    costs = price(piece.closed, piece.parameters, model.dims, device, small, scale)
     prefix = len(piece.path) + 1 if piece.path else 0
     products, attention = matmul_flops(piece.closed.jaxpr)
     return LayerClass(

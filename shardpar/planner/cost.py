@@ -350,6 +350,8 @@ def arrival_s(cls: LayerClass, source: tuple[int, ...], link: Link, setting: Set
 def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> LayerCost:
     """Prices one layer of a class under a strategy, for one micro-batch on one device."""
     mesh, workload = setting.mesh, setting.workload
+    # XLA is free in what lies outside all layers: nothing there is recomputed.
+    recompute = "none" if cls.name == OUTSIDE else strategy.recompute
     speed = setting.speed
     data, tensor = strategy.data_axes(mesh), strategy.tensor
     shards, degree = mesh.size_of(data), mesh.size_of(tensor)
@@ -364,9 +366,9 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
     backward_s = _compute_s(
         cls.backward_flops, cls.backward_bytes, 2 * weights, share / degree, speed
     )
-    if strategy.recompute == "full":
+    if recompute == "full":
         backward_s += forward_s
-    elif strategy.recompute == "selective":
+    elif recompute == "selective":
         # Matmul results are kept; what is computed again is bound by memory.
         backward_s += cls.forward_bytes * share / degree / speed.memory_bandwidth
 
@@ -391,13 +393,13 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
     copies += speed.extra_copies * (stored * item + updated * 4)
     inner = share / degree
     gathers = bool(strategy.fsdp) or strategy.sequence_parallel
-    kept = cls.saved(strategy.recompute, gathers) - cls.input_bytes
-    whole = cls.whole(strategy.recompute, gathers)
+    kept = cls.saved(recompute, gathers) - cls.input_bytes
+    whole = cls.whole(recompute, gathers)
     saved = whole * share + (kept - whole) * inner
     # A recomputed layer's scratch is what the layer would otherwise have kept.
     all_kept = cls.saved("none", gathers) - cls.input_bytes
     part = cls.whole("none", gathers) / all_kept if all_kept else 0.0
-    scratch = cls.scratch(strategy.recompute) * (part * share + (1 - part) * inner)
+    scratch = cls.scratch(recompute) * (part * share + (1 - part) * inner)
     if cls.name == OUTSIDE:
         # The loss comes last, so what it keeps is gone before any layer's backward begins.
         saved, scratch = 0.0, scratch + saved
@@ -476,7 +478,7 @@ def tensor_traffic(
     share = setting.microbatch / setting.graph_batch / mesh.size_of(strategy.data_axes(mesh))
     border = sum(a.num_bytes for a in cls.outputs if a.batch_dim is not None) * share
     rows = sum(_is_row_parallel(p, setting.tensor_dims) for p in (*cls.parameters, *cls.tied))
-    again = 3 if strategy.recompute == "full" else 2
+    again = 3 if strategy.recompute == "full" and cls.name != OUTSIDE else 2
     found = [Traffic("tensor", "all-reduce", tensor, border, again * rows)]
     if strategy.sequence_parallel:
         # Gathered on entry, again for the backward, and once for the gradient at the exit.

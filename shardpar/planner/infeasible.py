@@ -127,8 +127,9 @@ def _changed(problem: Problem, cluster: Cluster, options: SearchOptions) -> Prob
 
 def _nothing_to_choose(problem: Problem) -> PlanError:
     batch, cluster, options = problem.workload.global_batch, problem.cluster, problem.options
-    if problem.rejected:
-        reasons = "; ".join(reason for reason, _ in problem.rejected.most_common(3))
+    if problem.stuck or problem.rejected:
+        most = problem.stuck.most_common(1) or problem.rejected.most_common(3)
+        reasons = "; ".join(reason for reason, _ in most)
         return PlanError(f"no candidate is legal: {reasons}")
     pins = {
         name: value

@@ -63,6 +63,7 @@ class Problem:
     Attributes:
       graph, cluster, workload, options: the search's arguments.
       rejected: strategies that are not legal, counted by reason.
+      stuck: those of them that leave a layer without any.
     """
 
     graph: LayerGraph
@@ -70,6 +71,7 @@ class Problem:
     workload: Workload
     options: SearchOptions
     rejected: Counter[str] = field(default_factory=Counter)
+    stuck: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.parts: tuple[Part, ...] = parts_of(self.graph, pins_of(self.graph, self.options))
@@ -80,6 +82,12 @@ class Problem:
         self._lower: dict[object, np.ndarray] = {}
         self._least: dict[object, np.ndarray] = {}
         self._chosen: dict[object, Chosen | None] = {}
+
+    def runs(self, shape: Shape) -> bool:
+        """Whether a shape can run at all, memory aside."""
+        if len(shape.groups) > len(self.graph.layers):
+            return False
+        return all(self.space(devices, shape) is not None for devices in shape.groups)
 
     def limit(self, devices: tuple[int, ...]) -> float:
         """Bytes a plan may use on the smallest device of a group."""
@@ -105,7 +113,9 @@ class Problem:
             )  # fmt: skip
             alike, microbatch, count, many = key
             costs = self._costs.setdefault((alike, microbatch, count > 1, many), {})
-            self._spaces[key] = space_of(self.graph, setting, self.parts, self.rejected, costs)
+            self._spaces[key] = space_of(
+                self.graph, setting, self.parts, self.rejected, self.stuck, costs
+            )
         return self._spaces[key]
 
     def _key(self, devices: tuple[int, ...], shape: Shape) -> tuple[object, int, int, int]:

@@ -43,7 +43,7 @@ class SearchResult:
       description: the plan in one line.
       runners_up: the best plans of other shapes, and of one strategy for all layers.
       too_big: how many shapes (numbers of stages and micro-batches) do not fit in memory.
-      shapes: how many shapes there are.
+      shapes: how many shapes can run, memory aside.
       rejected: (rule broken, how many strategies) pairs.
       limit_bytes: memory a device may use.
     """
@@ -83,7 +83,11 @@ def search(
     """
     problem = Problem(graph, cluster, workload, options)
     bounded = sorted(
-        ((lower_bound(problem, shape), shape) for shape in shapes(cluster, workload, options)),
+        (
+            (lower_bound(problem, shape), shape)
+            for shape in shapes(cluster, workload, options)
+            if problem.runs(shape)
+        ),
         key=lambda entry: (entry[0], len(entry[1].groups), -entry[1].microbatch),
     )
     best: Found | None = None

@@ -144,6 +144,7 @@ def space_of(
     setting: Setting,
     parts: tuple[Part, ...],
     rejected: Counter[str],
+    stuck: Counter[str],
     costs: dict[tuple[str, LayerStrategy], LayerCost | None],
 ) -> Space | None:
     """Prices every legal strategy of every part; None if some part has none.
@@ -153,6 +154,7 @@ def space_of(
       setting: machines and micro-batch.
       parts: from `parts_of`.
       rejected: counts, by reason, the strategies that are not legal; added to.
+      stuck: the same, for parts that have no legal strategy at all; added to.
       costs: what is priced already for this setting with as many micro-batches or other
         ones, but for the first: a step of one does not accumulate; added to.
     """
@@ -203,6 +205,12 @@ def space_of(
             if priced[key] is not None:
                 kept.append(strategy)
         if not kept:
+            name = graph.layers[part.first].name
+            for strategy in layer_strategies(mesh, pins, _most_tensor(setting)):
+                if setting.microbatch % mesh.size_of(strategy.data_axes(mesh)) == 0:
+                    reason = _problem(part.cls, strategy, setting)
+                    if reason:
+                        stuck[f"layer {name}: {reason}"] += 1
             return None
         chosen.append(kept)
         choices.append([c for s in kept if (c := priced[part.cls.name, s]) is not None])

@@ -159,7 +159,7 @@ def most_even(costs: Sequence[np.ndarray]) -> tuple[float, tuple[int, ...]]:
     """The division whose costliest stage costs least, and that cost; (inf, ()) if there is none."""
     layers = costs[0].shape[0] - 1
     reach = np.full(layers + 1, np.inf)
-    reach[0] = 0.0
+    reach[0] = -np.inf
     came: list[np.ndarray] = []
     for stage in costs:
         through = np.maximum(reach[:, None], stage)

@@ -93,7 +93,11 @@ def pins_of(graph: LayerGraph, options: SearchOptions) -> dict[str, Pins]:
                 'them: "blocks[0:4] tensor=2 recompute=full"'
             )
         fixed = dict(_setting(text, entry.strip()) for text in settings)
-        for layer in select(selector, graph):
+        try:
+            layers = select(selector, graph)
+        except PlanError as error:
+            raise PlanError(f"plan.fix: {error}") from None
+        for layer in layers:
             pins[layer.name] = replace(pins[layer.name], **fixed)  # type: ignore[arg-type]
     return pins
 

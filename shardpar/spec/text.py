@@ -338,9 +338,10 @@ def graph_to_text(graph: LayerGraph) -> str:
     document = {"format": GRAPH_FORMAT, **msgspec.to_builtins(graph)}
     for cls in document["classes"]:
         for key in _BY_RECOMPUTE:
-            cls[key] = _Flow(cls[key])
-            if not cls[key]:
-                del cls[key]
+            if cls.get(key):
+                cls[key] = _Flow(cls[key])
+            else:
+                cls.pop(key, None)
         for key in ("parameters", "tied", "inputs", "outputs"):
             cls[key] = [_Flow(entry) for entry in cls[key]]
     document["layers"] = [

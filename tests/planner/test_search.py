@@ -338,7 +338,7 @@ def test_what_is_fixed_is_kept_and_the_rest_is_completed():
         ),
         (
             "blocks[0:9] fsdp=2",
-            'layers "blocks[0:9]": the model has blocks[0:4]; write a range inside it',
+            'plan.fix: layers "blocks[0:9]": the model has blocks[0:4]; write a range inside it',
         ),
         (
             "blocks[0] tensor=3",

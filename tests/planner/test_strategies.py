@@ -174,12 +174,12 @@ KEYS = "data, fsdp, tensor, zero1, recompute, sequence_parallel"
         ),
         (
             "block[0] tensor=2",
-            'layers "block[0]": the model has no such layer; its layers are embed, blocks[0:4], '
-            'head, outside; did you mean "blocks[0]"?',
+            'plan.fix: layers "block[0]": the model has no such layer; its layers are embed, '
+            'blocks[0:4], head, outside; did you mean "blocks[0]"?',
         ),
         (
             "blocks[2:9] tensor=2",
-            'layers "blocks[2:9]": the model has blocks[0:4]; write a range inside it',
+            'plan.fix: layers "blocks[2:9]": the model has blocks[0:4]; write a range inside it',
         ),
     ],
 )
