@@ -75,6 +75,9 @@ class Problem:
 
     def __post_init__(self) -> None:
         self.parts: tuple[Part, ...] = parts_of(self.graph, pins_of(self.graph, self.options))
+        # How far from its bound any stage was left: divisions passed over for its seconds
+        # may be better by so much.
+        self.slack = 1.0
         self._alike: dict[tuple[int, ...], object] = {}
         self._between: dict[object, Link] = {}
         self._spaces: dict[object, Space | None] = {}
@@ -170,6 +173,9 @@ class Problem:
             self._chosen[key] = space.choose(
                 first, end, self.limit(devices), in_flight, self.options.epsilon / 2
             )
+            chosen = self._chosen[key]
+            if chosen is not None and chosen.seconds:
+                self.slack = min(self.slack, chosen.lower_bound_s / chosen.seconds)
         return self._chosen[key]
 
     def least_bytes(self, shape: Shape) -> list[np.ndarray] | None:
@@ -210,19 +216,19 @@ def best_pipeline(problem: Problem, shape: Shape, cutoff: float = math.inf) -> F
 
 def _found(problem: Problem, shape: Shape, division: Division) -> Found:
     stages = []
-    slack = 1.0
     for number, devices in enumerate(shape.groups):
         first, end = division.cuts[number], division.cuts[number + 1]
         chosen = problem.chosen(shape, number, first, end)
         space = problem.space(devices, shape)
         assert chosen is not None
         assert space is not None
-        slack = min(slack, chosen.lower_bound_s / chosen.seconds if chosen.seconds else 1.0)
         stages.append(
             Stage(devices, space.setting.mesh, space.entries(first, chosen, end), chosen.num_bytes)
         )
     pipeline = Pipeline(shape.sequences, shape.microbatch, tuple(stages))
-    return Found(pipeline, division.step_s, min(division.lower_bound_s * slack, division.step_s))
+    return Found(
+        pipeline, division.step_s, min(division.lower_bound_s * problem.slack, division.step_s)
+    )
 
 
 def shapes(cluster: Cluster, workload: Workload, options: SearchOptions) -> Iterator[Shape]:

@@ -122,7 +122,7 @@ class _Table:
         self.problem, self.stock = problem, stock
         self.batch = problem.workload.global_batch
         self.limit = math.inf
-        self.whole: dict[tuple[tuple[int, ...], int], float] = {}
+        self.least: dict[tuple[tuple[int, ...], int], np.ndarray] = {}
         self.shapes: dict[Units, list[tuple[Groups, int]]] = {}
         self.seconds: dict[tuple[Units, int], float] = {}
         self.found: dict[tuple[Units, int], Found | None] = {}
@@ -155,9 +155,14 @@ class _Table:
         """Groups share the work in proportion to their speed at best: (…, base, pace)."""
         for groups in self._groups(units):
             for microbatch in (1 << i for i in range(self.batch.bit_length())):
-                wholes = [self._whole_s(group, microbatch) for group in groups]
-                if not any(map(math.isinf, wholes)):
-                    yield groups, microbatch, min(wholes), 1 / math.fsum(1 / w for w in wholes)
+                parts = np.array([self._least_s(group, microbatch) for group in groups])
+                if not np.isfinite(parts).all():
+                    continue
+                # Groups may differ in which layers they are good at, so each part of the model
+                # goes to its best group, and the parts bound the slowest stage one by one.
+                with np.errstate(divide="ignore"):
+                    paces = 1 / (1 / parts).sum(axis=0)
+                yield groups, microbatch, float(parts.min(axis=0).sum()), float(paces.max())
 
     def _bounds(self, units: Units, sequences: int) -> np.ndarray:
         counts, rest = np.divmod(sequences, self.sizes[units])
@@ -183,19 +188,23 @@ class _Table:
             for order in itertools.permutations(used):
                 yield tuple(group for k in order for group in picks[k])
 
-    def _whole_s(self, devices: tuple[int, ...], microbatch: int) -> float:
-        """Seconds a group needs at least for a micro-batch through the whole model."""
+    def _least_s(self, devices: tuple[int, ...], microbatch: int) -> np.ndarray:
+        """Seconds a group needs at least for a micro-batch through each part of the model."""
         key = (devices, microbatch)
-        if key not in self.whole:
-            # So many micro-batches that what is done once a step weighs nothing: a bound for any.
-            endless = Shape((devices,), microbatch << 20, microbatch, 2)
-            space = self.problem.space(devices, endless)
-            self.whole[key] = (
-                math.inf
+        if key not in self.least:
+            # So many micro-batches that what is done once a step weighs nothing, and a single one,
+            # which adds up no gradients: whatever the step, it is no faster than the faster.
+            counts = (1 << 20, 1)
+            shapes = [Shape((devices,), microbatch * n, microbatch, 1) for n in counts]
+            spaces = [self.problem.space(devices, shape) for shape in shapes]
+            rows = [
+                [math.inf] * len(self.problem.parts)
                 if space is None
-                else sum(run.count * min(c.seconds for c in run.choices) for run in space.runs)
-            )
-        return self.whole[key]
+                else [run.count * min(c.seconds for c in run.choices) for run in space.runs]
+                for space in spaces
+            ]
+            self.least[key] = np.array(rows).min(axis=0)
+        return self.least[key]
 
     def solve(self, units: Units, sequences: int, cutoff: float) -> Found | None:
         """The best pipeline for some units and sequences; its seconds replace the bound.
@@ -237,7 +246,7 @@ class _Table:
             # remembers how near to it, at most, what was left out may be.
             self.seconds[key] = max(cutoff, self.seconds[key])
             self.found[key] = None
-            self.limit = min(self.limit, close * cutoff)
+            self.limit = min(self.limit, close * cutoff * self.problem.slack)
             return None
         self.found[key] = best
         self.seconds[key] = min(floor, best.step_s)

@@ -114,6 +114,8 @@ def search(
             pipelines, step_s = combined.pipelines, combined.step_s
             floor = min(floor, combined.lower_bound_s)
             best = None
+        else:
+            floor = min(floor, step_s * (1 - options.epsilon) * problem.slack)
     if not pipelines:
         raise nothing_fits(graph, cluster, workload, options)
     bound_s = min(floor, step_s)
