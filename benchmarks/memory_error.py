@@ -31,8 +31,9 @@ from shardpar.lowering.devices import CPU_EXTRA_COPIES, use_virtual_devices
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.program import Program
 from shardpar.lowering.target import Target, compile_for, prepare_environment
-from shardpar.planner.cost import Workload, plan_cost
+from shardpar.planner.cost import plan_cost
 from shardpar.planner.options import SearchOptions
+from shardpar.planner.setting import Workload
 from shardpar.planner.strategies import describe
 from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
 from shardpar.spec.mesh import Mesh

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 
 from models import llama
 from shardpar.capture.trace import trace
-from shardpar.planner.cost import Workload, plan_cost
+from shardpar.planner.cost import plan_cost
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Problem
 from shardpar.planner.pipelines import best_combination
+from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import simulate
 from shardpar.spec.cluster import Cluster, Hosts, Link
 from shardpar.spec.datasheet import lookup

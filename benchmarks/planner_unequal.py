@@ -23,9 +23,10 @@ import jax.numpy as jnp
 from models import llama
 from shardpar.capture.trace import trace
 from shardpar.errors import PlanError
-from shardpar.planner.cost import Workload, plan_cost
+from shardpar.planner.cost import plan_cost
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.search import search
+from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import simulate
 from shardpar.planner.strategies import describe, layer_strategies
 from shardpar.spec.check import check

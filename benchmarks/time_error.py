@@ -26,7 +26,8 @@ from models import gpt
 from shardpar.capture.trace import trace
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.program import Program
-from shardpar.planner.cost import Workload, plan_cost
+from shardpar.planner.cost import plan_cost
+from shardpar.planner.setting import Workload
 from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
 from shardpar.spec.text import cluster_from_text

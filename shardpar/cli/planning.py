@@ -34,10 +34,12 @@ from shardpar.lowering.collectives import collectives
 from shardpar.lowering.devices import local_cluster, use_virtual_devices
 from shardpar.lowering.program import Program
 from shardpar.lowering.target import Target, prepare_environment, single, target_of
-from shardpar.planner.cost import PlanCost, Workload, plan_cost, predicted_collectives
+from shardpar.planner.cost import PlanCost, plan_cost
 from shardpar.planner.search import SearchResult, memory_limit
+from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import simulate
 from shardpar.planner.trace_export import perfetto_trace
+from shardpar.planner.traffic import predicted_collectives
 from shardpar.run.progress import Progress
 from shardpar.spec.check import check
 from shardpar.spec.cluster import Cluster

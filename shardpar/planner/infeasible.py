@@ -7,9 +7,9 @@ import math
 from dataclasses import fields, replace
 
 from shardpar.errors import InfeasibleError, PlanError
-from shardpar.planner.cost import Workload
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Problem, Shape, shapes
+from shardpar.planner.setting import Workload
 from shardpar.planner.stages import most_even
 from shardpar.planner.strategies import describe
 from shardpar.spec.cluster import Cluster, Hosts

@@ -9,12 +9,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from shardpar.planner.cost import LayerCost, Setting, Workload, arrival_s
+from shardpar.planner.cost import LayerCost
 from shardpar.planner.layers import Chosen
 from shardpar.planner.options import SearchOptions
+from shardpar.planner.setting import Setting, Workload
 from shardpar.planner.space import Part, Space, parts_of, space_of
 from shardpar.planner.stages import Division, StageSeconds, divide, relaxed
 from shardpar.planner.strategies import pins_of
+from shardpar.planner.traffic import arrival_s
 from shardpar.spec.cluster import Cluster, Link
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.mesh import Mesh

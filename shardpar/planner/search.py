@@ -11,11 +11,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from shardpar.planner.cost import PlanCost, Workload, plan_cost
+from shardpar.planner.cost import PlanCost, plan_cost
 from shardpar.planner.infeasible import nothing_fits
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Found, Problem, best_pipeline, lower_bound, shapes
 from shardpar.planner.pipelines import best_combination
+from shardpar.planner.setting import Workload
 from shardpar.planner.strategies import describe
 from shardpar.planner.uniform import best_uniform
 from shardpar.spec.cluster import Cluster

@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shardpar.errors import PlanError
-from shardpar.planner.cost import LayerCost, Setting, border_axes, border_s, layer_cost
+from shardpar.planner.cost import LayerCost, layer_cost
 from shardpar.planner.layers import Choice, Chosen, Run, bounds, choose, leanest_choice, least_bytes
+from shardpar.planner.setting import Setting
 from shardpar.planner.strategies import Pins, layer_strategies
+from shardpar.planner.traffic import border_axes, border_s
 from shardpar.spec.check import check_layer
 from shardpar.spec.graph import OUTSIDE, LayerClass, LayerGraph
 from shardpar.spec.plan import LayerStrategy

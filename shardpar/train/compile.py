@@ -17,9 +17,9 @@ from shardpar.errors import PlanError
 from shardpar.lowering.devices import local_cluster
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.program import Program
-from shardpar.planner.cost import Workload
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.search import SearchResult, search
+from shardpar.planner.setting import Workload
 from shardpar.spec.check import check
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import LayerGraph

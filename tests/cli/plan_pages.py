@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from shardpar.cli.plan_page import Compiled, plan_page
-from shardpar.planner.cost import PlanCost, Workload, plan_cost
+from shardpar.planner.cost import PlanCost, plan_cost
+from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import Timeline, simulate
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.mesh import Mesh

@@ -16,8 +16,8 @@ import pytest
 from shardpar.cli.plan_page import Compiled, plan_page
 from shardpar.cli.plan_page_drawings import MOST_EVENTS, priced_stages
 from shardpar.cli.plan_page_layers import MOST_COLUMNS, strategy_map
-from shardpar.planner.cost import Workload
 from shardpar.planner.search import search
+from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import simulate
 from shardpar.planner.strategies import describe
 from shardpar.spec.mesh import Mesh

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
-from shardpar.planner.cost import PlanCost, Workload, plan_cost
+from shardpar.planner.cost import PlanCost, plan_cost
+from shardpar.planner.setting import Workload
 from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.mesh import Mesh

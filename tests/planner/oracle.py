@@ -11,18 +11,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from shardpar.errors import PlanError
-from shardpar.planner.cost import (
-    PlanCost,
-    Setting,
-    Workload,
-    arrival_s,
-    border_axes,
-    border_s,
-    layer_cost,
-    plan_cost,
-)  # fmt: skip
+from shardpar.planner.cost import PlanCost, layer_cost, plan_cost
 from shardpar.planner.options import SearchOptions
+from shardpar.planner.setting import Setting, Workload
 from shardpar.planner.strategies import Pins, layer_strategies, pins_of
+from shardpar.planner.traffic import arrival_s, border_axes, border_s
 from shardpar.spec.check import check, check_layer
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import OUTSIDE, LayerGraph

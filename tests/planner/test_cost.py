@@ -9,15 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardpar.planner.cost import (
-    LayerCost,
-    Workload,
-    _moved_shares,
-    _ring_s,
-    border_axes,
-    plan_cost,
-    predicted_collectives,
-)  # fmt: skip
+from shardpar.planner.cost import LayerCost, plan_cost
+from shardpar.planner.setting import Workload
+from shardpar.planner.traffic import _moved_shares, _ring_s, border_axes, predicted_collectives
 from shardpar.spec.cluster import Link
 from shardpar.spec.graph import Activation, Layer, LayerClass, LayerGraph, Parameter
 from shardpar.spec.mesh import GroupLayout, Mesh

@@ -13,9 +13,9 @@ from models import gpt
 from shardpar.capture.trace import trace
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.program import Program
-from shardpar.planner.cost import Workload
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.search import search
+from shardpar.planner.setting import Workload
 from shardpar.spec.parameters import optimizer_layout, parameter_layout
 from shardpar.spec.select import strategies
 from tests.planner.cases import cluster_of

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from shardpar.planner.cost import Workload, plan_cost
+from shardpar.planner.cost import plan_cost
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Problem, Shape, best_pipeline
 from shardpar.planner.pipelines import best_combination
+from shardpar.planner.setting import Workload
 from shardpar.spec.check import check
 from shardpar.spec.cluster import Hosts
 from shardpar.spec.plan import Plan

@@ -10,10 +10,11 @@ from functools import cache
 import pytest
 
 from shardpar.errors import InfeasibleError, PlanError
-from shardpar.planner.cost import Workload, plan_cost
+from shardpar.planner.cost import plan_cost
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Problem
 from shardpar.planner.search import memory_limit, search
+from shardpar.planner.setting import Workload
 from shardpar.planner.strategies import Pins
 from shardpar.planner.uniform import best_uniform
 from shardpar.spec.check import check

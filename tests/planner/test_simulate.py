@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardpar.planner.cost import PlanCost, StageCost, Workload, plan_cost
+from shardpar.planner.cost import PlanCost, StageCost, plan_cost
+from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import Event, simulate
 from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from shardpar.planner.cost import Workload, plan_cost
+from shardpar.planner.cost import plan_cost
+from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import Timeline, simulate
 from shardpar.planner.trace_export import perfetto_trace
 from shardpar.spec.mesh import Mesh
