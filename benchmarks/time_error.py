@@ -1,6 +1,7 @@
 """Predicted against measured step time of the device at hand, over batch, recompute, micro-batches.
 
-    python benchmarks/time_error.py --out here.yaml     # profiles this machine first
+    python -m benchmarks.time_error                        # profiles this machine first
+    python -m benchmarks.time_error --cluster here.yaml    # takes a profile that was written before
 
 On one device the choices are recompute and micro-batches. The cost model gets the rates that
 `shardpar profile hardware` measures, nothing else. On CPUs the figure is reported, not a target.
@@ -93,11 +94,14 @@ def main() -> None:
                         flush=True,
                     )
     sizes = sorted(map(abs, errors))
-    ranks = statistics.median(errors)
     print(json.dumps({
-        "backend": jax.default_backend(), "plans": len(errors),
-        "median": round(statistics.median(sizes), 4), "worst": round(sizes[-1], 4),
-        "median_signed": round(ranks, 4),
+        "backend": jax.default_backend(),
+        "plans": len(errors),
+        "median": round(statistics.median(sizes), 4),
+        "p90": round(sizes[int(0.9 * (len(sizes) - 1))], 4),
+        "worst": round(sizes[-1], 4),
+        "lowest": round(min(errors), 4),
+        "median_signed": round(statistics.median(errors), 4),
     }))  # fmt: skip
 
 

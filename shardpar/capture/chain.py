@@ -62,6 +62,16 @@ class Chain:
         return max(0.0, total - entering), max(0.0, whole - entering)
 
     @property
+    def views_bytes(self) -> float:
+        """Bytes of views of its weights that are kept, layer by layer, where nothing gathers."""
+        body, which, kept = scan_residuals(
+            self._layer("none", self.shared), self.carry, [shape for shape, _ in self.parameters]
+        )
+        # A loop keeps a second copy of what its body makes of a weight, not of the weight.
+        views = (_made_of_weights(body, which) & set(kept)) - set(body.invars)
+        return float(sum(math.prod(v.aval.shape) * v.aval.dtype.itemsize for v in views))
+
+    @property
     def entering_bytes(self) -> float:
         """Bytes of the carry."""
         return float(self.carry.size * self.carry.dtype.itemsize)

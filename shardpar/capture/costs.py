@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from shardpar.capture._compat import as_function, residuals
-from shardpar.capture.chain import Chain, chain_of
+from shardpar.capture.chain import DEEP, Chain, chain_of
 from shardpar.capture.recompute import policy_of
 
 Dims = Mapping[str, tuple[str | None, ...]]
@@ -19,14 +19,16 @@ Dims = Mapping[str, tuple[str | None, ...]]
 
 @dataclass(frozen=True)
 class Costs:
-    """XLA's figures of one layer; the last three by recompute choice, as in LayerClass."""
+    """XLA's figures of one layer; all below `views_bytes` by recompute choice, as in LayerClass."""
 
     forward: dict[str, float]
     both: dict[str, float]
     temp_bytes: float
+    views_bytes: float
     saved: dict[str, float]
     whole: dict[str, float]
     scratch: dict[str, float]
+    fixed: dict[str, float]
 
 
 def price(
@@ -51,14 +53,16 @@ def price(
     layer = _Layer(closed)
     compiled = jax.jit(layer.both).lower(*layer.shapes()).compile()
     forward = jax.jit(layer.forward).lower(layer.avals).compile()
-    temp = float(compiled.memory_analysis().temp_size_in_bytes)
+    temp, views = float(compiled.memory_analysis().temp_size_in_bytes), 0.0
     chain = chain_of(closed, parameters, dims)
     saved: dict[str, float] = {}
     whole: dict[str, float] = {}
     scratch: dict[str, float] = {}
+    fixed: dict[str, float] = {}
     if chain is None:
         saved = {key: layer.kept_bytes(key) for key in ("none", "selective")}
     else:
+        views = chain.views_bytes
         for key in ("none", "gathered", "selective"):
             saved[key], whole[key] = chain.kept_bytes(key)
     if device is not None:
@@ -66,50 +70,70 @@ def price(
         times = 1.0 if small is None else scale
         links = [chain_of(p, parameters, dims) for p in (probe, double) if p is not None]
         if chain is None or links[0] is None:
-            temp = _at_batch(
-                times, *(_Layer(p).temp_bytes(device, temp / times) for p in (probe, double) if p)
-            )
+            figures = [_Layer(p).temp_bytes(device, temp / times) for p in (probe, double) if p]
+            growing, once = _at_batch(*figures)
+            temp = once + times * growing
+            fixed = dict.fromkeys(("none", "selective", "full"), once)
         else:
-            scratch = _measure(links[0], links[-1], times, device, saved, whole)
-    return Costs(_cost(forward), _cost(compiled), temp, saved, whole, scratch)
+            scratch, fixed, views = _measure(links, times, device, saved, whole, views)
+    return Costs(_cost(forward), _cost(compiled), temp, views, saved, whole, scratch, fixed)
 
 
-def _at_batch(batch: float, one: float, two: float | None = None) -> float:
-    """Bytes for a batch, from those for one sequence and for two: some do not grow with it."""
-    each = one if two is None else max(0.0, two - one)
-    return max(0.0, one - each) + batch * each
+def _at_batch(one: float, two: float | None = None) -> tuple[float, float]:
+    """(bytes that each sequence adds, bytes that none adds), from those for one and for two."""
+    each = one if two is None else min(one, max(0.0, two - one))
+    return each, one - each
 
 
 def _measure(
-    chain: Chain,
-    double: Chain | None,
+    links: list[Chain | None],
     times: float,
     device: Any,
     saved: dict[str, float],
     whole: dict[str, float],
-) -> dict[str, float]:
-    """Scratch by recompute choice; lowers what is kept to what the compiler says it allots."""
-    scratch = {}
-    entering = times * chain.entering_bytes
-    fixed = 0.0
-    if double is not None and double is not chain:
-        # Of what a recomputed layer needs, the part that a second sequence does not add.
-        one, two = chain.compiled_bytes("full", device), double.compiled_bytes("full", device)
-        if one is not None and two is not None:
-            fixed = max(0.0, 2 * one[1] - two[1])
+    views: float,
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """(scratch, what of it does not grow with the batch, views of weights that are kept).
+
+    Lowers what is kept to what the compiler says it allots.
+
+    Args:
+      links: the layer for one sequence, and for two if they are known.
+      times: sequences of the layer itself.
+      device: whose compiler.
+      saved: by the loop's residuals, for the layer itself.
+      whole: of them, what tensor axes do not split.
+      views: of weights, by the loop's residuals.
+    """
+    scratch: dict[str, float] = {}
+    fixed: dict[str, float] = {}
+    chains = [link for link in links if link is not None]
+    entering = chains[0].entering_bytes
     for key in ("none", "selective", "full"):
-        compiled = chain.compiled_bytes(key, device)
-        if compiled is None:
+        figures = [found for c in chains if (found := c.compiled_bytes(key, device)) is not None]
+        if not figures:
             continue
-        per_layer = times * compiled[0]
-        scratch[key] = fixed + times * max(0.0, compiled[1] - fixed)
-        if not saved.get(key):
-            continue
-        # A compiler may keep less than the loop's residuals, never more.
-        share = min(1.0, max(0.0, per_layer - entering) / saved[key])
-        for other in ("none", "gathered") if key == "none" else (key,):
-            saved[other], whole[other] = share * saved[other], share * whole[other]
-    return scratch
+        kept, kept_once = _at_batch(*(per_layer for per_layer, _ in figures))
+        deep, deep_once = _at_batch(*(once + DEEP * per_layer for per_layer, once in figures))
+        if key != "none":
+            kept_once = 0.0
+        elif len(figures) > 1:
+            kept_once = views = min(views, kept_once)
+        else:
+            kept_once, kept, deep = views, kept - views, deep - DEEP * views
+        # Short loops are compiled unlike longer ones, so where the deeper chain has room for
+        # the loop's residuals they are believed, and the rest is scratch. A compiler may keep
+        # less than the residuals, never more.
+        residuals = saved.get(key, 0.0) / times
+        if deep < DEEP * (residuals + entering):
+            share = min(1.0, max(0.0, kept - entering) / residuals) if residuals else 1.0
+            for other in ("none", "gathered") if key == "none" else (key,):
+                if other in saved:
+                    saved[other], whole[other] = share * saved[other], share * whole[other]
+            residuals *= share
+        fixed[key] = max(0.0, deep_once - DEEP * kept_once)
+        scratch[key] = fixed[key] + times * max(0.0, deep - DEEP * (residuals + entering))
+    return scratch, fixed, views
 
 
 class _Layer:

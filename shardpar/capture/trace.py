@@ -20,6 +20,7 @@ from shardpar.capture._compat import (
     matmul_flops,
     subjaxpr,
 )
+from shardpar.capture.attention import products_of
 from shardpar.capture.costs import price
 from shardpar.capture.cut import CutProgram, LayerCall, cut
 from shardpar.capture.layers import marked_class
@@ -271,6 +272,9 @@ def _price(
         attention_flops=attention,
         whole_bytes=tuple(costs.whole.items()),
         scratch_bytes=tuple(costs.scratch.items()),
+        fixed_bytes=tuple(costs.fixed.items()),
+        views_bytes=costs.views_bytes,
+        products=products_of(piece.closed, *(None if t is None else t.closed for t in twins)),
     )
 
 

@@ -14,8 +14,8 @@ from shardpar.config.schema import RunConfig
 
 _BYTE_VOCABULARY = 256
 _PINS = (
-    "data", "fsdp", "tensor", "zero1", "sequence_parallel", "recompute", "microbatch", "stages",
-    "pipelines", "fix",
+    "data", "fsdp", "tensor", "zero1", "sequence_parallel", "recompute", "context", "attention",
+    "microbatch", "stages", "pipelines", "fix",
 )  # fmt: skip
 _SUFFIXES = {"text": "txt", "jsonl": "jsonl", "parquet": "parquet"}
 
@@ -118,6 +118,9 @@ def _train_rules(config: RunConfig) -> Iterator[Conflict]:
         if (value := getattr(plan, name)) is not None
     }
     divisor = math.prod(pins.values())
+    if plan.context is not None:
+        # Data shards may split sequences rather than the batch.
+        divisor = 1
     if pins and train.global_batch % divisor:
         product = " x ".join(f"{name} ({value})" for name, value in pins.items())
         upper = math.ceil(train.global_batch / divisor) * divisor

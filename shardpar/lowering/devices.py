@@ -15,8 +15,13 @@ from shardpar.spec.datasheet import lookup
 
 _CPU_FLOPS_PER_CORE = 5e10
 _CPU_BANDWIDTH = 2e10
-CPU_EXTRA_COPIES = 0.8
-"""Of XLA:CPU's programs, fitted to compiled ones (benchmarks/memory_error.py)."""
+CPU_EXTRA_COPIES = 1.0
+"""Of the optimizer's arrays, in XLA:CPU's programs.
+
+Adam's moments are donated, and read by two kernels: their own update and the weights'. XLA
+decides on copies before it orders kernels, so it copies both, at the start of the step, and
+the copies live until the update (buffer assignment of a step dumped with --xla_dump_to).
+"""
 _UNKNOWN_FLOPS = 1e13
 _UNKNOWN_BANDWIDTH = 5e11
 

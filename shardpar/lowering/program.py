@@ -77,7 +77,7 @@ class Program:
         self._layouts = StageLayouts(
             captured.graph, stage, self.mesh, chosen, _owners(captured, chosen), plan.tensor_dims
         )
-        self._data_axes = chosen[captured.graph.layers[0].name].data_axes(stage.mesh)
+        self._data_axes = chosen[captured.graph.layers[0].name].batch_axes(stage.mesh)
         self.state_shapes = state_shapes(captured.model, optimizer, self._layouts)
 
     def init(self, seed: int = 0) -> TrainState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,6 +100,14 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, axes: Axes, stacked: int = 0) -> NamedSharding:
     """Sequences split over `axes`; `stacked` leading dims (micro-batches) are not."""
     return NamedSharding(mesh, partition_spec((axes,), stacked))
+
+
+def partly_sharding(mesh: Mesh, rank: int, dims: Mapping[int, Axes]) -> NamedSharding:
+    """A sharding of some dims of an array; how the others lie is left to XLA."""
+    entries: list[Any] = [PartitionSpec.UNCONSTRAINED] * rank
+    for dim, axes in dims.items():
+        entries[dim] = axes or None
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def constrain(x: jax.Array, sharding: NamedSharding | None) -> Any:

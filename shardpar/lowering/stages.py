@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from shardpar.capture._compat import as_function, is_literal, run_equation
+from shardpar.capture.attention import with_products
 from shardpar.capture.cut import CutProgram, LayerCall
 from shardpar.capture.recompute import policy_of
+from shardpar.lowering.context import gather, over_context
 from shardpar.lowering.runs import Run, steps
 from shardpar.lowering.shardings import constrain, named_sharding
 from shardpar.spec.graph import Activation, LayerGraph, Parameter
@@ -128,6 +130,8 @@ def _layer(
         next(layer for layer in layouts.graph.layers if layer.name == call.name)
     )
     function = as_function(call.jaxpr)
+    if strategy.context:
+        function = with_products(call.jaxpr, over_context(cls, strategy, layouts))
     arriving = _activations(call.jaxpr.jaxpr.invars, call.parameters, cls.inputs)
     leaving = _activations(
         call.jaxpr.jaxpr.outvars, (None,) * len(call.jaxpr.jaxpr.outvars), cls.outputs
@@ -135,13 +139,13 @@ def _layer(
 
     def whole(x: Any, name: str | None, activation: Activation | None) -> Any:
         if name is not None:
-            return _gather(x, layouts.gathered(name, strategy), layouts.stored(name))
+            return gather(x, layouts.gathered(name, strategy), layouts.stored(name))
         border = None if activation is None else layouts.activation(activation, strategy)
         if activation is None or border is None:
             return x
         # Left to itself XLA may rather gather the weights and split the layer's
         # work over the sequence, which is another strategy than the plan's.
-        return _gather(x, layouts.inside(activation, strategy), border, barrier=True)
+        return gather(x, layouts.inside(activation, strategy), border, barrier=True)
 
     def compute(*inputs: Any) -> list[Any]:
         outputs = function(*map(whole, inputs, call.parameters, arriving))
@@ -150,7 +154,7 @@ def _layer(
             for y, a, border in zip(outputs, leaving, at_border, strict=True)
         ]
 
-    policy = policy_of(strategy.recompute, bool(strategy.fsdp or strategy.sequence_parallel))
+    policy = policy_of(strategy.recompute, strategy.gathers)
     if policy is not None:
         # A loop already keeps XLA from merging the second computation with the first.
         compute = jax.checkpoint(compute, policy=policy, prevent_cse=not in_loop)
@@ -166,36 +170,6 @@ def _layer(
         ]
 
     return run
-
-
-def _gather(
-    x: Any, gathered: NamedSharding | None, stored: NamedSharding, *, barrier: bool = False
-) -> Any:
-    """A value in the layout it is computed with; its gradient goes back to the stored one at once.
-
-    The transpose of a plain constraint would ask for the whole gradient on every
-    device first: an all-reduce where a reduce-scatter does.
-
-    Args:
-      x: the value.
-      gathered: its layout inside the layer; None leaves x alone.
-      stored: its layout outside.
-      barrier: pass the gradient through the gathered layout first. XLA carries
-        layouts backwards through a sum, so a split gradient at the border would
-        otherwise split the work inside, and weights would be gathered for it.
-    """
-    if gathered is None or gathered.spec == stored.spec:
-        return x
-
-    @jax.custom_vjp
-    def collect(x: jax.Array) -> jax.Array:
-        return constrain(x, gathered)
-
-    def give_back(_: None, g: jax.Array) -> tuple[jax.Array]:
-        return (constrain(constrain(g, gathered) if barrier else g, stored),)
-
-    collect.defvjp(lambda x: (collect(x), None), give_back)
-    return collect(x)
 
 
 def _activations(

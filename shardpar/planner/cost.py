@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from shardpar.planner.profile import Rates
 from shardpar.planner.setting import Setting, Workload, setting_of
-from shardpar.planner.traffic import arrival_s, border_s, tensor_traffic, weights
+from shardpar.planner.traffic import activation_traffic, arrival_s, border_s, weights
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import DTYPE_BYTES, OUTSIDE, LayerClass, LayerGraph
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan
@@ -27,7 +27,8 @@ class LayerCost:
 
     Attributes:
       forward_s, backward_s: compute, recompute included in the backward.
-      tensor_s: collectives of tensor parallelism, forward and backward.
+      tensor_s: collectives of activations, forward and backward: of tensor parallelism and of
+        split sequences.
       gather_s: fsdp parameter gathers, forward and backward.
       sync_s: gradient reduction.
       update_s: the optimizer, with ZeRO-1's gather of new parameters.
@@ -211,7 +212,7 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
         # Matmul results are kept; what is computed again is bound by memory.
         backward_s += cls.forward_bytes * share / degree / speed.memory_bandwidth
 
-    tensor_s = math.fsum(t.seconds(setting) for t in tensor_traffic(cls, strategy, setting))
+    tensor_s = math.fsum(t.seconds(setting) for t in activation_traffic(cls, strategy, setting))
     gather_s, sync_s, update_s, cross_s = held_by.gather_s, held_by.sync_s, held_by.update_s, 0.0
     # The optimizer reads and writes master weights, gradient and its own slots once.
     update_s += updated * 4 * (3 + 2 * workload.optimizer_slots) / speed.memory_bandwidth
@@ -229,20 +230,39 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
     if workload.loops and cls.whole_bytes and (accumulates or not copies):
         copies += stored * item
     gradients = stored * item + (updated * 4 if accumulates else 0.0)
-    copies += speed.extra_copies * (stored * item + updated * 4)
+    # Some backends copy what the optimizer reads and writes (CPU_EXTRA_COPIES says why).
+    copies += speed.extra_copies * updated * 4 * workload.optimizer_slots
     inner = share / degree
-    gathers = bool(strategy.fsdp) or strategy.sequence_parallel
+    gathers = strategy.gathers
     kept = cls.saved(recompute, gathers) - cls.input_bytes
     whole = cls.whole(recompute, gathers)
     saved = whole * share + (kept - whole) * inner
+    # Of the weights, as much as this device computes with.
+    weighed = computed / cls.num_parameters if computed else 1.0
+    if workload.loops and recompute == "none" and not gathers:
+        # A loop stacks what its body makes of weights, slices of them say, for the backward.
+        saved += cls.views_bytes * weighed
     # A recomputed layer's scratch is what the layer would otherwise have kept.
     all_kept = cls.saved("none", gathers) - cls.input_bytes
     part = cls.whole("none", gathers) / all_kept if all_kept else 0.0
-    scratch = cls.scratch(recompute) * (part * share + (1 - part) * inner)
-    if cls.name == OUTSIDE:
-        # The loss comes last, so what it keeps is gone before any layer's backward begins.
-        saved, scratch = 0.0, scratch + saved
+    # Where tensor axes split the rest, whole arrays are the peak, and those are alive alike
+    # around the same products whether or not they are computed again.
+    choices = (recompute, "full") if tensor else (recompute,)
+    mixed = part * share + (1 - part) * inner
+    scratch = max((cls.scratch(c) - cls.fixed(c)) * mixed for c in choices)
+    # Besides the slices and copies it makes of weights there are gathered weights and gradients
+    # yet to be scattered: both at once where collectives run beside compute, as they do on
+    # accelerators, and one after the other under XLA:CPU, the backend with extra copies.
+    at_once = 1 if speed.extra_copies else 2
+    scratch += cls.fixed(recompute) * weighed + at_once * (computed - stored) * item
+    if strategy.context and strategy.attention == "gather":
+        # Keys and values are whole while the layer computes, and so are their gradients.
+        keys = sum(p.key_bytes for p in cls.products or () if p.keys is not None)
+        scratch += 2 * keys * inner * (mesh.size_of(strategy.context) - 1)
     entering = cls.input_bytes * (inner if strategy.sequence_parallel else share)
+    if cls.name == OUTSIDE:
+        # The loss comes last: what it is given and keeps is gone before any layer goes back.
+        saved, entering, scratch = 0.0, 0.0, scratch + saved + entering
     return LayerCost(
         forward_s,
         backward_s,
@@ -255,7 +275,15 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
         gradient_bytes=gradients,
         optimizer_bytes=updated * 4 * workload.optimizer_slots,
         saved_bytes=saved + entering,
-        scratch_bytes=scratch + 2 * max(0.0, computed - stored) * item,
+        scratch_bytes=scratch,
+    )
+
+
+def floor_s(cls: LayerClass, setting: Setting) -> float:
+    """Seconds no strategy beats for a micro-batch: its arithmetic, shared by all devices."""
+    share = setting.microbatch / setting.graph_batch / len(setting.devices)
+    return _compute_s(cls.forward_flops, cls.forward_bytes, 0.0, share, setting.speed) + _compute_s(
+        cls.backward_flops, cls.backward_bytes, 0.0, share, setting.speed
     )
 
 

@@ -162,12 +162,18 @@ def bounds(parts: Sequence[Run], counts: np.ndarray, limit: float, in_flight: in
     out = np.full(len(counts), np.inf)
     levels = _coarse(list(_scratch_levels(parts)))
     used = counts > 0
+    every = [
+        np.array(
+            [
+                (c.seconds, c.state_bytes + in_flight * c.saved_bytes, c.scratch_bytes)
+                for c in part.choices
+            ]
+        ).T
+        for part in parts
+    ]
     for cap, spare in levels:
-        seconds, sizes = [], []
-        for part in parts:
-            kept = [c for c in part.choices if c.scratch_bytes <= cap]
-            seconds.append(np.array([c.seconds for c in kept]))
-            sizes.append(np.array([c.state_bytes + in_flight * c.saved_bytes for c in kept]))
+        kept = [figures[:, figures[2] <= cap] for figures in every]
+        seconds, sizes = [f[0] for f in kept], [f[1] for f in kept]
         empty = np.array([len(s) == 0 for s in seconds])
         possible = ~(used & empty).any(axis=1)
         prices = _prices(seconds, sizes)
@@ -189,18 +195,20 @@ def bounds(parts: Sequence[Run], counts: np.ndarray, limit: float, in_flight: in
 def _prices(seconds: Sequence[np.ndarray], sizes: Sequence[np.ndarray]) -> np.ndarray:
     """Slopes of all hulls, zero included: the dual's optimum is at one of them."""
     slopes = [0.0]
-    for s, m in zip(seconds, sizes, strict=True):
-        order = np.lexsort((s, m))
-        hull: list[int] = []
-        for i in order:
-            if hull and s[i] >= s[hull[-1]]:
-                continue
-            while len(hull) > 1 and (s[hull[-2]] - s[hull[-1]]) * (m[i] - m[hull[-1]]) <= (
-                s[hull[-1]] - s[i]
-            ) * (m[hull[-1]] - m[hull[-2]]):
+    for every_s, every_m in zip(seconds, sizes, strict=True):
+        order = np.lexsort((every_s, every_m))
+        s, m = every_s[order], every_m[order]
+        # Only what is faster than all that is smaller.
+        useful = np.append(np.inf, np.minimum.accumulate(s)[:-1]) > s
+        points = list(zip(s[useful].tolist(), m[useful].tolist(), strict=True))
+        hull: list[tuple[float, float]] = []
+        for point in points:
+            while len(hull) > 1 and (hull[-2][0] - hull[-1][0]) * (point[1] - hull[-1][1]) <= (
+                hull[-1][0] - point[0]
+            ) * (hull[-1][1] - hull[-2][1]):
                 hull.pop()
-            hull.append(int(i))
-        slopes += [(s[a] - s[b]) / (m[b] - m[a]) for a, b in itertools.pairwise(hull)]
+            hull.append(point)
+        slopes += [(a[0] - b[0]) / (b[1] - a[1]) for a, b in itertools.pairwise(hull)]
     return np.unique(np.array(slopes))
 
 

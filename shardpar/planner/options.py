@@ -23,6 +23,9 @@ class SearchOptions:
       zero1: pin the degree to which the optimizer state alone is split.
       sequence_parallel: pin Megatron sequence parallelism on or off.
       recompute: pin the recompute choice.
+      context: pin the degree to which each sequence is split; None splits sequences where a
+        micro-batch has too few for the devices.
+      attention: pin how queries meet the keys of other devices then: gather or heads.
       microbatch: sequences per data shard that go through the model at once;
         None lets the planner choose.
       stages: pin the number of pipeline stages; None lets the planner choose.
@@ -32,6 +35,8 @@ class SearchOptions:
         "blocks[0:4] tensor=2 recompute=full; head fsdp=1".
       epsilon: how far from the best a plan may be, as a share of its step; the gap
         in the plan says how far it can be at most.
+      rescore: how many of the best plans by the formula are played event by event; the one
+        whose simulated step is the shortest is taken. With 1 the formula decides alone.
     """
 
     file: str | None = None
@@ -43,8 +48,11 @@ class SearchOptions:
     zero1: Degree | None = None
     sequence_parallel: bool | None = None
     recompute: Literal["none", "selective", "full"] | None = None
+    context: Degree | None = None
+    attention: Literal["gather", "heads"] | None = None
     microbatch: Degree | None = None
     stages: Degree | None = None
     pipelines: Annotated[int, Meta(ge=1, le=2)] | None = None
     fix: str | None = None
     epsilon: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    rescore: Degree = 8

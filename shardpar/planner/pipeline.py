@@ -6,12 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from shardpar.planner.cost import LayerCost
 from shardpar.planner.layers import Chosen
 from shardpar.planner.options import SearchOptions
+from shardpar.planner.priced import Priced
 from shardpar.planner.setting import Setting, Workload
 from shardpar.planner.space import Part, Space, parts_of, space_of
 from shardpar.planner.stages import Division, StageSeconds, divide, relaxed
@@ -80,10 +82,13 @@ class Problem:
         # How far from its bound any stage was left: divisions passed over for its seconds
         # may be better by so much.
         self.slack = 1.0
-        self._alike: dict[tuple[int, ...], object] = {}
+        self._alike: dict[tuple[int, ...], int] = {}
+        self._groups: dict[object, int] = {}
         self._between: dict[object, Link] = {}
+        self._known: dict[int, dict[object, Any]] = {}
+        self._legal: dict[Mesh, dict[object, str]] = {}
+        self._priced: dict[object, Priced | None] = {}
         self._spaces: dict[object, Space | None] = {}
-        self._costs: dict[object, dict[tuple[str, LayerStrategy], LayerCost | None]] = {}
         self._lower: dict[object, np.ndarray] = {}
         self._least: dict[object, np.ndarray] = {}
         self._chosen: dict[object, Chosen | None] = {}
@@ -99,31 +104,46 @@ class Problem:
         smallest = min(k.memory_bytes for k in {self.cluster.kind_of(d) for d in devices})
         return smallest * self.options.memory_fraction
 
-    def alike(self, devices: tuple[int, ...]) -> object:
+    def alike(self, devices: tuple[int, ...]) -> int:
         """Equal for groups that cost the same: equal kinds, equally spread over hosts."""
         if devices not in self._alike:
             first = self.cluster.host_of(devices[0])
-            self._alike[devices] = tuple(
+            group = tuple(
                 (self.cluster.kind_of(d).name, self.cluster.host_of(d) - first) for d in devices
             )
+            self._alike[devices] = self._groups.setdefault(group, len(self._groups))
         return self._alike[devices]
 
+    def priced(self, devices: tuple[int, ...], shape: Shape) -> Priced | None:
+        """All choices of a group, however many micro-batches; None if a layer has none."""
+        alike, microbatch, count = self.alike(devices), shape.microbatch, shape.num_microbatches
+        # A step of one micro-batch adds up no gradients; otherwise the number has no bearing.
+        key = (alike, microbatch, count > 1)
+        if key not in self._priced:
+            mesh = Mesh.factored(len(devices))
+            setting = Setting(
+                self.cluster, devices, mesh, self.graph.batch, microbatch, count, self.workload,
+                pipelines=2, known=self._known.setdefault(alike, {}),
+            )  # fmt: skip
+            costs: dict[tuple[str, LayerStrategy], LayerCost | None] = {}
+            space = space_of(
+                self.graph, setting, self.parts, self.rejected, self.stuck, costs,
+                self._legal.setdefault(mesh, {}),
+            )  # fmt: skip
+            self._priced[key] = None if space is None else Priced.of(space, costs)
+        return self._priced[key]
+
     def space(self, devices: tuple[int, ...], shape: Shape) -> Space | None:
-        """The priced choices of a group."""
+        """The choices of a group that are worth a look."""
         key = self._key(devices, shape)
         if key not in self._spaces:
-            setting = Setting(
-                self.cluster, devices, Mesh.factored(len(devices)), self.graph.batch,
-                shape.microbatch, shape.num_microbatches, self.workload, shape.pipelines,
-            )  # fmt: skip
-            alike, microbatch, count, many = key
-            costs = self._costs.setdefault((alike, microbatch, count > 1, many), {})
-            self._spaces[key] = space_of(
-                self.graph, setting, self.parts, self.rejected, self.stuck, costs
+            priced = self.priced(devices, shape)
+            self._spaces[key] = (
+                None if priced is None else priced.of_step(shape.num_microbatches, shape.pipelines)
             )
         return self._spaces[key]
 
-    def _key(self, devices: tuple[int, ...], shape: Shape) -> tuple[object, int, int, int]:
+    def _key(self, devices: tuple[int, ...], shape: Shape) -> tuple[int, int, int, int]:
         many = min(shape.pipelines, 2)
         return (self.alike(devices), shape.microbatch, shape.num_microbatches, many)
 

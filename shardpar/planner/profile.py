@@ -43,19 +43,21 @@ def rates(cluster: Cluster, devices: tuple[int, ...], dtype: str) -> Rates:
       dtype: compute dtype, "bfloat16" or "float32".
     """
     kinds = {cluster.kind_of(device) for device in devices}
+    hidden = [kind.overlap for kind in kinds]
     slowest = min(kinds, key=lambda kind: kind.flops(dtype) * kind.efficiency)
     return Rates(
         flops=slowest.flops(dtype) * slowest.efficiency,
         memory_bandwidth=min(kind.memory_bandwidth for kind in kinds),
         memory_bytes=min(kind.memory_bytes for kind in kinds),
         extra_copies=max(kind.extra_copies for kind in kinds),
+        overlap=min(OVERLAP if share is None else share for share in hidden),
         sources=(
             ("flops", slowest.source),
             ("memory", slowest.source),
             ("intra_host", cluster.intra_host.source),
             ("inter_host", cluster.inter_host.source),
-            ("efficiency", "assumed"),
-            ("overlap", "assumed"),
+            ("efficiency", slowest.source if slowest.source == "measured" else "assumed"),
+            ("overlap", "assumed" if None in hidden else "measured"),
         ),
     )
 

@@ -2,27 +2,34 @@
 
 Every number of stages and every micro-batch size is a shape; each gets a bound that
 costs little, and shapes are solved exactly in the order of their bounds until the
-next bound is no better than the best plan.
+next bound is no better than the best plan. The best few are played event by event.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from shardpar.planner.cost import PlanCost, plan_cost
 from shardpar.planner.infeasible import nothing_fits
 from shardpar.planner.options import SearchOptions
-from shardpar.planner.pipeline import Found, Problem, best_pipeline, lower_bound, shapes
+from shardpar.planner.pipeline import Found, Problem, Shape, best_pipeline, lower_bound, shapes
 from shardpar.planner.pipelines import best_combination
 from shardpar.planner.setting import Workload
+from shardpar.planner.simulate import simulate
 from shardpar.planner.strategies import describe
 from shardpar.planner.uniform import best_uniform
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.plan import Objective, Pipeline, Plan
 from shardpar.spec.select import every_layer
+
+RESCORE_WITHIN = 0.1
+"""Plans slower by this share, by the formula, may still be taken if the simulator says so."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class SearchResult:
     Attributes:
       plan: the best plan, with its prediction.
       cost: its price, term by term.
+      simulated_s: its step, played event by event.
       description: the plan in one line.
       runners_up: the best plans of other shapes, and of one strategy for all layers.
       too_big: how many shapes (numbers of stages and micro-batches) do not fit in memory.
@@ -51,6 +59,7 @@ class SearchResult:
 
     plan: Plan
     cost: PlanCost
+    simulated_s: float
     description: str
     runners_up: tuple[Scored, ...]
     too_big: int
@@ -91,50 +100,95 @@ def search(
         ),
         key=lambda entry: (entry[0], len(entry[1].groups), -entry[1].microbatch),
     )
-    best: Found | None = None
-    others: list[Found] = []
-    floor = math.inf
-    for bound_s, shape in bounded:
-        if math.isinf(bound_s):
+    best_s = floor = math.inf
+    solved: list[Found] = []
+    unsolved = deque(bounded)
+    while unsolved and math.isfinite(unsolved[0][0]):
+        if unsolved[0][0] >= best_s * (1 - options.epsilon):
+            floor = min(floor, unsolved[0][0])
             break
-        if best is not None and bound_s >= best.step_s * (1 - options.epsilon):
-            floor = min(floor, bound_s)
-            break
-        found = best_pipeline(problem, shape)
-        if found is None:
-            continue
-        floor = min(floor, found.lower_bound_s)
-        others.append(found)
-        if best is None or found.step_s < best.step_s:
-            best = found
-    pipelines: tuple[Pipeline, ...] = () if best is None else (best.pipeline,)
-    step_s = math.inf if best is None else best.step_s
+        found = best_pipeline(problem, unsolved.popleft()[1])
+        if found is not None:
+            floor, best_s = min(floor, found.lower_bound_s), min(best_s, found.step_s)
+            solved.append(found)
+    combined: list[Candidate] = []
     if _unequal(cluster) and options.stages is None:
-        combined = best_combination(problem, step_s if options.pipelines != 2 else math.inf)
-        if combined is not None:
-            pipelines, step_s = combined.pipelines, combined.step_s
-            floor = min(floor, combined.lower_bound_s)
-            best = None
+        most, cutoff = options.rescore - 1, best_s if options.pipelines != 2 else math.inf
+        chosen = best_combination(problem, cutoff, near=most, within=RESCORE_WITHIN)
+        if chosen is None:
+            floor = min(floor, best_s * (1 - options.epsilon) * problem.slack)
         else:
-            floor = min(floor, step_s * (1 - options.epsilon) * problem.slack)
-    if not pipelines:
+            combined = [Candidate(chosen.step_s, chosen.pipelines)]
+            combined += [Candidate(*near) for near in chosen.near]
+            floor, best_s = min(floor, chosen.lower_bound_s), chosen.step_s
+            if options.pipelines == 2:
+                # A single pipeline was only there for want of several.
+                floor, solved, unsolved = chosen.lower_bound_s, [], deque()
+    if math.isinf(best_s):
         raise nothing_fits(graph, cluster, workload, options)
-    bound_s = min(floor, step_s)
-    plan = Plan(cluster.name, workload.global_batch, pipelines, Objective(step_s, bound_s, 0.0))
-    cost = plan_cost(plan, graph, cluster, workload)
-    if not math.isclose(cost.step_s, step_s, rel_tol=1e-9):
-        # On its own devices a group may cross other links than the one it was priced on.
-        plan = replace(plan, objective=Objective(cost.step_s, min(bound_s, cost.step_s), 0.0))
+    solved += _next_best(problem, unsolved, best_s, options.rescore - 1)
+    alone = [Candidate(found.step_s, (found.pipeline,)) for found in solved]
+    step_s, plan, cost, simulated_s = _rescored(problem, [*combined, *alone], best_s)
+    plan = replace(plan, objective=Objective(step_s, min(floor, step_s), 0.0))
+    others = [found for found in solved if (found.pipeline,) != plan.pipelines]
     return SearchResult(
         plan,
         cost,
+        simulated_s,
         _describe(plan, graph),
-        tuple(_runners_up(problem, best, step_s, others)),
+        tuple(_runners_up(problem, step_s, others)),
         sum(math.isinf(bound_s) for bound_s, _ in bounded),
         len(bounded),
         tuple(problem.rejected.most_common()),
         memory_limit(cluster, options),
     )
+
+
+class Candidate(NamedTuple):
+    """Pipelines that make up a plan, and its step by the formula."""
+
+    step_s: float
+    pipelines: tuple[Pipeline, ...]
+
+
+def _next_best(
+    problem: Problem, unsolved: Iterable[tuple[float, Shape]], best_s: float, most: int
+) -> Iterator[Found]:
+    """Pipelines of several stages, a little slower by the formula, that the simulator may prefer.
+
+    What one stage takes is the formula's step exactly, so shapes of one stage are left out.
+    """
+    cutoff = best_s * (1 + RESCORE_WITHIN)
+    staged = (entry for entry in unsolved if len(entry[1].groups) > 1 and entry[0] < cutoff)
+    for _, shape in itertools.islice(staged, most):
+        found = best_pipeline(problem, shape, cutoff)
+        if found is not None:
+            yield found
+
+
+def _rescored(
+    problem: Problem, candidates: list[Candidate], best_s: float
+) -> tuple[float, Plan, PlanCost, float]:
+    """(step by the formula, plan, price, simulated step) of the candidate whose last is the least.
+
+    Only of those that are hardly slower by the formula; of equals, the faster by the formula. One
+    stage takes as long when simulated, so among plans of one stage the formula decides.
+    """
+    workload, cluster = problem.workload, problem.cluster
+    best: tuple[float, Plan, PlanCost, float] | None = None
+    for step_s, pipelines in sorted(candidates, key=lambda c: c.step_s)[: problem.options.rescore]:
+        if step_s > best_s * (1 + RESCORE_WITHIN):
+            break
+        plan = Plan(cluster.name, workload.global_batch, pipelines)
+        cost = plan_cost(plan, problem.graph, cluster, workload)
+        if not math.isclose(cost.step_s, step_s, rel_tol=1e-9):
+            # On its own devices a group may cross other links than the one it was priced on.
+            step_s = cost.step_s
+        simulated_s = simulate(plan, cost).step_s
+        if best is None or simulated_s < best[3] * (1 - 1e-9):
+            best = step_s, plan, cost, simulated_s
+    assert best is not None
+    return best
 
 
 def _unequal(cluster: Cluster) -> bool:
@@ -163,11 +217,9 @@ def _describe(plan: Plan, graph: LayerGraph) -> str:
     return " || ".join(pipelines)
 
 
-def _runners_up(
-    problem: Problem, best: Found | None, step_s: float, others: list[Found]
-) -> Iterator[Scored]:
+def _runners_up(problem: Problem, step_s: float, others: list[Found]) -> Iterator[Scored]:
     uniform = best_uniform(problem)
-    rest = [found for found in others if found is not best]
+    rest = list(others)
     if uniform is not None and uniform.step_s > step_s:
         rest.append(uniform)
     for found in sorted(rest, key=lambda f: f.step_s):

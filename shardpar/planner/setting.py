@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shardpar.planner.profile import Rates, link_over, rates
@@ -43,6 +43,8 @@ class Setting:
       pipelines: how many pipelines hold a copy of the layer and sum its gradient.
       tensor_dims: logical dims that tensor parallelism splits.
       workload: dtype and optimizer.
+      known: what was computed of parameters here, by what it is of; settings that differ in
+        micro-batches or pipelines alone may share it.
     """
 
     cluster: Cluster
@@ -54,16 +56,12 @@ class Setting:
     workload: Workload
     pipelines: int = 1
     tensor_dims: tuple[str, ...] = TENSOR_DIMS
+    known: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @functools.cached_property
     def speed(self) -> Rates:
         """Rates of the group."""
         return rates(self.cluster, self.devices, self.workload.compute_dtype)
-
-    @functools.cached_property
-    def known(self) -> dict[object, Any]:
-        """What was computed for this setting, by what it is of."""
-        return {}
 
     @functools.cached_property
     def _links(self) -> dict[Axes, Link]:

@@ -148,6 +148,7 @@ def space_of(
     rejected: Counter[str],
     stuck: Counter[str],
     costs: dict[tuple[str, LayerStrategy], LayerCost | None],
+    legal: dict[object, str],
 ) -> Space | None:
     """Prices every legal strategy of every part; None if some part has none.
 
@@ -159,13 +160,14 @@ def space_of(
       stuck: the same, for parts that have no legal strategy at all; added to.
       costs: what is priced already for this setting with as many micro-batches or other
         ones, but for the first: a step of one does not accumulate; added to.
+      legal: why a layer cannot run so on this mesh, whatever its devices; added to.
     """
-    mesh, speed = setting.mesh, setting.speed
+    mesh, speed, microbatch = setting.mesh, setting.speed, setting.microbatch
+    most_tensor = _most_tensor(setting)
     borders: dict[object, int] = {}
     samples: list[LayerStrategy] = []
     priced: dict[tuple[str, LayerStrategy], Choice | None] = {}
     shards_of: dict[LayerStrategy, int] = {}
-    legal: dict[tuple[str, LayerStrategy], str] = {}
     chosen: list[list[LayerStrategy]] = []
     choices: list[list[Choice]] = []
     for part in parts:
@@ -174,9 +176,11 @@ def space_of(
         if part.cls.name == OUTSIDE:
             # XLA is free in what lies outside all layers: nothing there is recomputed.
             pins = replace(pins, recompute="none")
-        for strategy in layer_strategies(mesh, pins, _most_tensor(setting)):
+        # A layer that is not understood may not have its sequence split.
+        few = microbatch if part.cls.products is not None else None
+        for strategy in layer_strategies(mesh, pins, most_tensor, few):
             if strategy not in shards_of:
-                shards_of[strategy] = mesh.size_of(strategy.data_axes(mesh))
+                shards_of[strategy] = mesh.size_of(strategy.batch_axes(mesh))
             shards = shards_of[strategy]
             if setting.microbatch % shards:
                 continue
@@ -187,7 +191,10 @@ def space_of(
                 priced[key] = None
                 if key not in costs:
                     # What a layer recomputes has no bearing on what is legal.
-                    alike = (part.cls.name, replace(strategy, recompute="none"))
+                    alike = (
+                        part.cls.name, strategy.tensor, strategy.fsdp, strategy.zero1,
+                        strategy.sequence_parallel, strategy.context, strategy.attention,
+                    )  # fmt: skip
                     if alike not in legal:
                         legal[alike] = _problem(part.cls, strategy, setting)
                     reason = legal[alike]
@@ -208,8 +215,8 @@ def space_of(
                 kept.append(strategy)
         if not kept:
             name = graph.layers[part.first].name
-            for strategy in layer_strategies(mesh, pins, _most_tensor(setting)):
-                if setting.microbatch % mesh.size_of(strategy.data_axes(mesh)) == 0:
+            for strategy in layer_strategies(mesh, pins, most_tensor, few):
+                if microbatch % mesh.size_of(strategy.batch_axes(mesh)) == 0:
                     reason = _problem(part.cls, strategy, setting)
                     if reason:
                         stuck[f"layer {name}: {reason}"] += 1

@@ -111,12 +111,15 @@ def relaxed(
       (bound, division); without slack the division's step is the bound. (inf, ()) if
       none takes less than `cutoff`; with slack, maybe (a bound near it, ()).
     """
-    best = math.inf
-    best_cuts: tuple[int, ...] = ()
-    cap = math.inf
-    least, _ = most_even(lower)
+    least, best_cuts = most_even(lower)
     if not math.isfinite(least):
         return math.inf, ()
+    # Where the slowest stage decides, the most even division is nearly the best: it spares
+    # all caps under which even the smallest sum would be too much.
+    best = _step_s(lower, best_cuts, microbatches)
+    if best >= cutoff:
+        best, best_cuts = math.inf, ()
+    cap = math.inf
     while True:
         total, cuts = _fastest_below(lower, cap)
         if not cuts:
@@ -125,49 +128,52 @@ def relaxed(
         reached = min(best, cutoff)
         if rest_s >= reached * (1 - slack):
             return (best if rest_s >= reached else rest_s), best_cuts
-        times = [lower[s][a, b] for s, (a, b) in enumerate(itertools.pairwise(cuts))]
-        slowest = float(max(times))
-        step_s = math.fsum(times) + (microbatches - 1) * slowest
+        slowest = max(lower[s][part] for s, part in enumerate(itertools.pairwise(cuts)))
+        step_s = _step_s(lower, cuts, microbatches)
         if step_s < reached:
-            best, best_cuts = step_s, cuts
+            best = reached = step_s
+            best_cuts = cuts
         if microbatches == 1 or slowest <= least:
             return best, best_cuts
-        cap = slowest
+        cap = min(float(slowest), (reached - total) / (microbatches - 1))
+
+
+def _step_s(lower: Sequence[np.ndarray], cuts: Sequence[int], microbatches: int) -> float:
+    times = [float(lower[s][part]) for s, part in enumerate(itertools.pairwise(cuts))]
+    return math.fsum(times) + (microbatches - 1) * max(times)
 
 
 def _fastest_below(lower: Sequence[np.ndarray], cap: float) -> tuple[float, tuple[int, ...]]:
     """The division with the smallest sum whose stages all take less than `cap`."""
-    layers = lower[0].shape[0] - 1
-    reach = np.full(layers + 1, np.inf)
-    reach[0] = 0.0
-    came: list[np.ndarray] = []
-    for stage in lower:
-        through = reach[:, None] + (
-            stage if math.isinf(cap) else np.where(stage < cap, stage, np.inf)
-        )
-        came.append(through.argmin(axis=0))
-        reach = through[came[-1], np.arange(layers + 1)]
-    if not np.isfinite(reach[layers]):
-        return math.inf, ()
-    cuts = [layers]
-    for back in reversed(came):
-        cuts.append(int(back[cuts[-1]]))
-    return float(reach[layers]), tuple(reversed(cuts))
+    below = lower if math.isinf(cap) else [np.where(t < cap, t, np.inf) for t in lower]
+    return _best_cuts(below, np.add, 0.0)
 
 
 def most_even(costs: Sequence[np.ndarray]) -> tuple[float, tuple[int, ...]]:
     """The division whose costliest stage costs least, and that cost; (inf, ()) if there is none."""
+    return _best_cuts(costs, np.maximum, -np.inf)
+
+
+def _best_cuts(
+    costs: Sequence[np.ndarray], joined: np.ufunc, nothing: float
+) -> tuple[float, tuple[int, ...]]:
+    """The division of least cost, a dynamic programme over stages, and that cost.
+
+    Args:
+      costs: per stage, [layers + 1, layers + 1]: from layer i to j.
+      joined: of the costs of the stages so far and the next one.
+      nothing: the cost of no stage.
+    """
     layers = costs[0].shape[0] - 1
     reach = np.full(layers + 1, np.inf)
-    reach[0] = -np.inf
-    came: list[np.ndarray] = []
+    reach[0] = nothing
+    reached = [reach]
     for stage in costs:
-        through = np.maximum(reach[:, None], stage)
-        came.append(through.argmin(axis=0))
-        reach = through[came[-1], np.arange(layers + 1)]
+        reach = joined(reach[:, None], stage).min(axis=0)
+        reached.append(reach)
     if not np.isfinite(reach[layers]):
         return math.inf, ()
     cuts = [layers]
-    for back in reversed(came):
-        cuts.append(int(back[cuts[-1]]))
+    for before, stage in zip(reversed(reached[:-1]), reversed(costs), strict=True):
+        cuts.append(int(joined(before, stage[:, cuts[-1]]).argmin()))
     return float(reach[layers]), tuple(reversed(cuts))

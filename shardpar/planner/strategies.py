@@ -11,12 +11,12 @@ from typing import get_args
 from shardpar.errors import PlanError
 from shardpar.planner.options import SearchOptions
 from shardpar.spec.graph import LayerGraph
-from shardpar.spec.mesh import Mesh
-from shardpar.spec.plan import LayerStrategy, Recompute
+from shardpar.spec.mesh import Axes, Mesh
+from shardpar.spec.plan import Attention, LayerStrategy, Recompute
 from shardpar.spec.select import select
 
-_DEGREES = ("data", "fsdp", "tensor", "zero1")
-_PINNED = (*_DEGREES, "recompute", "sequence_parallel")
+_DEGREES = ("data", "fsdp", "tensor", "zero1", "context")
+_PINNED = (*_DEGREES, "recompute", "sequence_parallel", "attention")
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,25 @@ class Pins:
     sequence_parallel: bool | None = None
     recompute: Recompute | None = None
     microbatch: int | None = None
+    context: int | None = None
+    attention: Attention | None = None
 
 
 def layer_strategies(
-    mesh: Mesh, pins: Pins = Pins(), most_tensor: int | None = None
+    mesh: Mesh,
+    pins: Pins = Pins(),
+    most_tensor: int | None = None,
+    microbatch: int | None = None,
 ) -> Iterator[LayerStrategy]:
     """Every strategy of a layer that the pins allow, its `layers` left empty.
 
     Tensor parallelism takes the innermost axes, where links are fastest; fsdp the
     next; then the optimizer state's split; plain data parallelism the outermost.
     Tensor degrees above `most_tensor` are left out unless pinned.
+
+    Sequences are split only where a micro-batch of `microbatch` sequences has too few
+    for the data axes, and over no more axes than that takes, the innermost: to split the
+    batch costs the same and sends less.
 
     >>> [describe(s, Mesh.factored(2)) for s in layer_strategies(Mesh.factored(2), Pins(tensor=1))]
     ... # doctest: +ELLIPSIS
@@ -54,6 +63,7 @@ def layer_strategies(
             continue
         if pins.tensor is None and most_tensor is not None and degree > most_tensor:
             break
+        ways = _ways_over_context(mesh, names[:tensor_from], pins, microbatch)
         for fsdp_from in range(tensor_from, -1, -1):
             fsdp, outer = names[fsdp_from:tensor_from], names[:fsdp_from]
             if pins.fsdp not in (None, mesh.size_of(fsdp)):
@@ -68,8 +78,29 @@ def layer_strategies(
                     if tensor and pins.sequence_parallel not in (None, parallel):
                         continue
                     for recompute in get_args(Recompute):
-                        if pins.recompute in (None, recompute):
-                            yield LayerStrategy("", tensor, fsdp, zero1, parallel, recompute)
+                        if pins.recompute not in (None, recompute):
+                            continue
+                        for context, attention in ways:
+                            yield LayerStrategy(
+                                "", tensor, fsdp, zero1, parallel, recompute, context, attention
+                            )
+
+
+def _ways_over_context(
+    mesh: Mesh, data: Axes, pins: Pins, microbatch: int | None
+) -> list[tuple[Axes, Attention]]:
+    """The axes that split sequences, and how queries meet all keys; one entry if none need to."""
+    for start in range(len(data), -1, -1):
+        context = data[start:]
+        if pins.context is not None:
+            if mesh.size_of(context) != pins.context:
+                continue
+        elif microbatch is not None and microbatch % mesh.size_of(data[:start]):
+            continue
+        if not context:
+            return [((), "gather")]
+        return [(context, way) for way in get_args(Attention) if pins.attention in (None, way)]
+    return []
 
 
 def pins_of(graph: LayerGraph, options: SearchOptions) -> dict[str, Pins]:
@@ -80,7 +111,7 @@ def pins_of(graph: LayerGraph, options: SearchOptions) -> dict[str, Pins]:
     """
     common = Pins(
         options.data, options.fsdp, options.tensor, options.zero1, options.sequence_parallel,
-        options.recompute, options.microbatch,
+        options.recompute, options.microbatch, options.context, options.attention,
     )  # fmt: skip
     pins = {layer.name: common for layer in graph.layers}
     for entry in (options.fix or "").split(";"):
@@ -114,10 +145,13 @@ def _setting(text: str, entry: str) -> tuple[str, int | bool | str]:
         return key, int(value)
     if key == "recompute" and value in get_args(Recompute):
         return key, value
+    if key == "attention" and value in get_args(Attention):
+        return key, value
     if key == "sequence_parallel" and value.lower() in ("true", "false"):
         return key, value.lower() == "true"
     wanted = {
         "recompute": " or ".join(get_args(Recompute)),
+        "attention": " or ".join(get_args(Attention)),
         "sequence_parallel": "true or false",
     }.get(key, "a degree, 1 or more")
     raise PlanError(f'plan.fix: "{entry}": {key} is "{value}"; write {wanted}')
@@ -125,7 +159,7 @@ def _setting(text: str, entry: str) -> tuple[str, int | bool | str]:
 
 def describe(strategy: LayerStrategy, mesh: Mesh) -> str:
     """As people write it: "dp2 zero1-2 fsdp2 tp2 sp, recompute full"."""
-    plain = mesh.without((*strategy.tensor, *strategy.fsdp, *strategy.zero1))
+    plain = mesh.without((*strategy.tensor, *strategy.fsdp, *strategy.zero1, *strategy.context))
     degrees = [
         f"{name}{mesh.size_of(axes)}"
         for name, axes in (
@@ -133,6 +167,9 @@ def describe(strategy: LayerStrategy, mesh: Mesh) -> str:
             ("tp", strategy.tensor),
         )
         if axes
-    ] or ["one device"]  # fmt: skip
+    ] or ([] if strategy.context else ["one device"])  # fmt: skip
+    if strategy.context:
+        way = " by heads" if strategy.attention == "heads" else ""
+        degrees.append(f"cp{mesh.size_of(strategy.context)}{way}")
     text = " ".join(degrees) + (" sp" if strategy.sequence_parallel else "")
     return text + (f", recompute {strategy.recompute}" if strategy.recompute != "none" else "")

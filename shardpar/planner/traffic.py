@@ -83,7 +83,8 @@ def border_s(
 
 def border_axes(strategy: LayerStrategy, mesh: Mesh) -> tuple[Axes, Axes]:
     """The axes that split the batch, and the sequence, of activations between layers."""
-    return strategy.data_axes(mesh), strategy.tensor if strategy.sequence_parallel else ()
+    along = strategy.context + (strategy.tensor if strategy.sequence_parallel else ())
+    return strategy.batch_axes(mesh), along
 
 
 def arrival_s(cls: LayerClass, source: tuple[int, ...], link: Link, setting: Setting) -> float:
@@ -121,14 +122,14 @@ class Traffic:
 
     Attributes:
       term: which of a layer's seconds it is part of: tensor, gather, sync or update.
-      kind: all-gather, reduce-scatter or all-reduce.
+      kind: all-gather, reduce-scatter, all-reduce or all-to-all.
       axes: of the mesh it runs over.
-      num_bytes: of the whole array that is gathered, scattered or reduced.
+      num_bytes: of the whole array that is gathered, scattered, reduced or split otherwise.
       times: how often per micro-batch; of the update, per step.
     """
 
     term: Literal["tensor", "gather", "sync", "update"]
-    kind: Literal["all-gather", "reduce-scatter", "all-reduce"]
+    kind: Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
     axes: Axes
     num_bytes: float
     times: float
@@ -136,6 +137,8 @@ class Traffic:
     def seconds(self, setting: Setting) -> float:
         """Seconds of all its runs, by ring algorithms."""
         parts = setting.mesh.size_of(self.axes)
+        if self.kind == "all-to-all":
+            return self.times * _ring_s(self.num_bytes / parts, parts, setting.link(self.axes))
         turns = 2 if self.kind == "all-reduce" else 1
         return self.times * _ring_s(turns * self.num_bytes, parts, setting.link(self.axes))
 
@@ -143,10 +146,42 @@ class Traffic:
 def layer_traffic(
     cls: LayerClass, strategy: LayerStrategy, setting: Setting
 ) -> tuple[Traffic, ...]:
-    """The collectives of one layer: of tensor parallelism, of weights and of gradients."""
+    """The collectives of one layer: of its activations, of weights and of gradients."""
+    return (
+        *activation_traffic(cls, strategy, setting),
+        *weight_traffic(cls, strategy, setting),
+    )
+
+
+def activation_traffic(
+    cls: LayerClass, strategy: LayerStrategy, setting: Setting
+) -> tuple[Traffic, ...]:
+    """The collectives of activations: of tensor parallelism and of split sequences."""
     return (
         *tensor_traffic(cls, strategy, setting),
-        *weight_traffic(cls, strategy, setting),
+        *context_traffic(cls, strategy, setting),
+    )
+
+
+def context_traffic(
+    cls: LayerClass, strategy: LayerStrategy, setting: Setting
+) -> tuple[Traffic, ...]:
+    """The collectives of attention where the sequence is split."""
+    products = [p for p in cls.products or () if p.keys is not None]
+    if not strategy.context or not products:
+        return ()
+    mesh, axes = setting.mesh, strategy.context
+    share = setting.microbatch / setting.graph_batch / mesh.size_of(strategy.batch_axes(mesh))
+    share /= mesh.size_of(strategy.tensor)
+    if strategy.attention == "heads":
+        # There and back, for the values, for their gradients, and where they are not kept.
+        again = 2 if strategy.recompute == "none" else 3
+        moved = share * sum(p.moved_bytes for p in products)
+        return (Traffic("tensor", "all-to-all", axes, moved, again),)
+    keys = share * sum(p.key_bytes for p in products)
+    return (
+        Traffic("tensor", "all-gather", axes, keys, 2),
+        Traffic("tensor", "reduce-scatter", axes, keys, 1),
     )
 
 
@@ -159,7 +194,7 @@ def tensor_traffic(
         return ()
     share = setting.microbatch / setting.graph_batch / mesh.size_of(strategy.data_axes(mesh))
     border = sum(a.num_bytes for a in cls.outputs if a.batch_dim is not None) * share
-    rows = sum(_is_row_parallel(p, setting.tensor_dims) for p in (*cls.parameters, *cls.tied))
+    rows = _row_parallel(cls, setting)
     again = 3 if strategy.recompute == "full" and cls.name != OUTSIDE else 2
     found = [Traffic("tensor", "all-reduce", tensor, border, again * rows)]
     if strategy.sequence_parallel:
@@ -210,7 +245,8 @@ def predicted_collectives(
                 for t in layer_traffic(graph.class_of(layer), chosen[layer.name], setting):
                     parts = stage.mesh.size_of(t.axes)
                     times = t.times * (1 if t.term == "update" else pipeline.num_microbatches)
-                    result = t.num_bytes / parts if t.kind == "reduce-scatter" else t.num_bytes
+                    split = t.kind in ("reduce-scatter", "all-to-all")
+                    result = t.num_bytes / parts if split else t.num_bytes
                     entry = totals.setdefault((t.kind, parts), [0.0, 0.0])
                     entry[0] += times
                     entry[1] += times * result
@@ -263,6 +299,17 @@ def _ring_s(num_bytes: float, parts: int, link: Link) -> float:
     if parts <= 1:
         return 0.0
     return num_bytes * (parts - 1) / parts / link.bandwidth + (parts - 1) * link.latency_s
+
+
+def _row_parallel(cls: LayerClass, setting: Setting) -> int:
+    """How many of a layer's products tensor parallelism leaves partial sums."""
+    key = (cls.name, "rows")
+    if key not in setting.known:
+        setting.known[key] = sum(
+            _is_row_parallel(p, setting.tensor_dims) for p in (*cls.parameters, *cls.tied)
+        )
+    rows: int = setting.known[key]
+    return rows
 
 
 def _is_row_parallel(parameter: Parameter, tensor_dims: tuple[str, ...]) -> bool:

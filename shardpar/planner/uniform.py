@@ -17,8 +17,10 @@ def best_uniform(problem: Problem) -> Found | None:
     for shape in shapes(problem.cluster, problem.workload, problem.options):
         if len(shape.groups) > 1:
             continue
-        space = problem.space(shape.groups[0], shape)
-        if space is not None:
+        priced = problem.priced(shape.groups[0], shape)
+        if priced is not None:
+            # A choice that is not worth a look for one layer may be the one that all can take.
+            space = priced.of_step(shape.num_microbatches, shape.pipelines, every=True)
             found = _of_shape(problem, shape, space)
             if found is not None and (best is None or found.step_s < best.step_s):
                 best = found

@@ -113,23 +113,59 @@ def check_layer(
     """
     for parameter in (*cls.parameters, *cls.tied):
         optimizer_layout(parameter, strategy, mesh, tensor_dims)
-    shards = mesh.size_of(strategy.data_axes(mesh))
+    axes = strategy.batch_axes(mesh)
+    shards = mesh.size_of(axes)
     if microbatch % shards:
         raise PlanError(
             f"micro-batches of {microbatch} sequences cannot be split over "
-            f"{shards} data shards (axes {','.join(strategy.data_axes(mesh))}); "
+            f"{shards} data shards (axes {','.join(axes)}); "
             f"use a multiple of {shards}"
         )
+    _check_context(cls, strategy, mesh)
     for activation in (*cls.inputs, *cls.outputs):
         layout = activation_layout(activation, strategy, mesh)
         dim = activation.sequence_dim
-        if layout is None or not strategy.sequence_parallel or dim in (None, activation.batch_dim):
+        if layout is None or dim in (None, activation.batch_dim):
             continue
-        size, parts = activation.shape[dim], mesh.size_of(strategy.tensor)
-        if size % parts:
+        size, along = activation.shape[dim], layout.dims[dim]
+        if size % mesh.size_of(along) == 0:
+            continue
+        what, mend = (
+            ("context axes", "use fewer of them")
+            if not strategy.sequence_parallel
+            else ("tensor axes", "set sequence_parallel: false")
+            if not strategy.context
+            else ("context and tensor axes", "use fewer, or set sequence_parallel: false")
+        )
+        raise PlanError(
+            f"sequence length {size} is not divisible by {what} {','.join(along)} "
+            f"({mesh.size_of(along)}); {mend}"
+        )
+
+
+def _check_context(cls: LayerClass, strategy: LayerStrategy, mesh: Mesh) -> None:
+    if not strategy.context:
+        return
+    axes, parts = ",".join(strategy.context), mesh.size_of(strategy.context)
+    if cls.products is None:
+        raise PlanError(
+            f"layers of class {cls.name} cannot have their sequence split over {axes}: they "
+            "multiply activations in a way, or with a kernel, that is not known; leave context out"
+        )
+    for activation in (*cls.inputs, *cls.outputs):
+        if activation.batch_dim is not None and activation.sequence_dim is None:
             raise PlanError(
-                f"sequence length {size} is not divisible by tensor axes "
-                f"{','.join(strategy.tensor)} ({parts}); set sequence_parallel: false"
+                f"an activation {list(activation.shape)} of layers of class {cls.name} has no "
+                f"sequence that {axes} could split; leave context out"
+            )
+    if strategy.attention != "heads":
+        return
+    every = parts * mesh.size_of(strategy.tensor)
+    for product in cls.products:
+        if product.keys is not None and product.num_heads % every:
+            raise PlanError(
+                f"layers of class {cls.name} have {product.num_heads} heads, which context and "
+                f"tensor axes ({every}) do not divide; write attention: gather, or fewer axes"
             )
 
 

@@ -17,6 +17,13 @@ from shardpar.spec.graph import DTYPE_BYTES
 
 Source = Literal["measured", "datasheet", "assumed"]
 
+MOST_DEVICES = 2**15
+"""As many as a plan's file can list."""
+
+LEAST, MOST = 1e-9, 1e30
+"""Between these a rate or a size is taken at its word; beyond them prices overflow."""
+_BETWEEN = f"write a number from {LEAST} to {MOST}"
+
 
 @dataclass(frozen=True)
 class DeviceKind:
@@ -26,8 +33,10 @@ class DeviceKind:
       name: e.g. "h100-sxm"; hosts refer to it.
       matmul_flops: (dtype name, dense FLOP/s) pairs; the peak that MFU is measured against.
       efficiency: share of that peak a well-shaped matmul reaches.
-      extra_copies: copies of the weights at rest, and as often of the gradients the optimizer
-        reads, that the backend's compiled programs hold beyond what a plan implies.
+      extra_copies: copies of the optimizer's arrays that the backend's compiled programs hold
+        beyond what a plan implies.
+      overlap: share of gradient and parameter traffic that hides behind compute, if it was
+        measured; None leaves it to the cost model's assumption.
       memory_bytes: device memory.
       memory_bandwidth: bytes per second to and from it.
       source: where the rates came from.
@@ -42,6 +51,7 @@ class DeviceKind:
     source: Source = "datasheet"
     note: str = ""
     extra_copies: float = 0.0
+    overlap: float | None = None
 
     def __post_init__(self) -> None:
         if not self.matmul_flops:
@@ -64,9 +74,16 @@ class DeviceKind:
                 raise SpecError(
                     f'device kind "{self.name}": {what} is {value}; write a positive number'
                 )
-        if not (self.extra_copies >= 0 and math.isfinite(self.extra_copies)):
+            if not LEAST <= value <= MOST:
+                raise SpecError(f'device kind "{self.name}": {what} is {value}; {_BETWEEN}')
+        if not 0 <= self.extra_copies <= MOST:
             raise SpecError(
                 f'device kind "{self.name}": extra_copies is {self.extra_copies}; write 0 or more'
+            )
+        if self.overlap is not None and not 0 <= self.overlap <= 1:
+            raise SpecError(
+                f'device kind "{self.name}": overlap is {self.overlap}; '
+                "it is a share of traffic, write 0 to 1"
             )
         if self.efficiency > 1:
             raise SpecError(
@@ -96,7 +113,9 @@ class Link:
     def __post_init__(self) -> None:
         if not (self.bandwidth > 0 and math.isfinite(self.bandwidth)):
             raise SpecError(f"link: bandwidth is {self.bandwidth}; write positive bytes per second")
-        if not (self.latency_s >= 0 and math.isfinite(self.latency_s)):
+        if not LEAST <= self.bandwidth <= MOST:
+            raise SpecError(f"link: bandwidth is {self.bandwidth}; {_BETWEEN}")
+        if not 0 <= self.latency_s <= MOST:
             raise SpecError(f"link: latency_s is {self.latency_s}; write seconds, 0 or more")
 
 
@@ -138,12 +157,17 @@ class Cluster:
             raise SpecError(f'cluster "{self.name}": a device kind is listed twice: {names}')
         if not self.hosts:
             raise SpecError(f'cluster "{self.name}": it has no hosts')
-        for hosts in self.hosts:
+        for i, hosts in enumerate(self.hosts):
             if hosts.kind not in names:
                 raise SpecError(
-                    f'cluster "{self.name}": hosts are of kind "{hosts.kind}", '
+                    f'cluster "{self.name}": hosts[{i}].kind is "{hosts.kind}", '
                     f"which is not among its kinds: {', '.join(names)}"
                 )
+        if self.num_devices > MOST_DEVICES:
+            raise SpecError(
+                f'cluster "{self.name}": hosts have {self.num_devices:,} devices in all; a cluster '
+                f"may have {MOST_DEVICES:,}"
+            )
 
     @cached_property
     def _placement(self) -> tuple[tuple[str, int], ...]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from shardpar.errors import SpecError
 
@@ -89,6 +90,34 @@ class Activation:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A matrix product of two activations, as attention's two are.
+
+    Attributes:
+      keys: the operand along whose sequence every query looks: the keys, or the values;
+        None where no sequence takes part, which leaves the rest without meaning.
+      query_dim: the other operand's dim along the queries.
+      key_dim: the dim of `keys` along its sequence.
+      batch, heads: which of the product's batch dims these are; heads None if there are none.
+      scores: whether the result has a place for each query and key, as the first product has;
+        otherwise it adds up over the keys.
+      num_heads: of the dim of heads; keys and queries in groups count the groups.
+      moved_bytes: what changes from sequence to heads if devices split the heads here.
+      key_bytes: of the operand `keys`.
+    """
+
+    keys: Literal["left", "right"] | None = None
+    query_dim: int = 0
+    key_dim: int = 0
+    batch: int = 0
+    heads: int | None = None
+    scores: bool = False
+    num_heads: int = 1
+    moved_bytes: float = 0.0
+    key_bytes: float = 0.0
+
+
+@dataclass(frozen=True)
 class LayerClass:
     """What equal layers have in common.
 
@@ -108,6 +137,12 @@ class LayerClass:
       whole_bytes: of saved_bytes, what tensor parallelism does not split, by the same keys.
       scratch_bytes: scratch of the backward in a chain of such layers, by recompute choice
         (none, selective, full), as the target's compiler allots it; empty where unknown.
+      fixed_bytes: of scratch_bytes or temp_bytes, what does not grow with the batch, by the
+        same keys.
+      views_bytes: views of its weights, which the forward keeps for the backward where
+        recompute is none and nothing is gathered; they do not grow with the batch either.
+      products: of two activations, in the order they are computed; None where they are not
+        known, so that the sequence cannot be split inside.
     """
 
     name: str
@@ -125,6 +160,9 @@ class LayerClass:
     attention_flops: float = 0.0
     whole_bytes: tuple[tuple[str, float], ...] = ()
     scratch_bytes: tuple[tuple[str, float], ...] = ()
+    products: tuple[Product, ...] | None = None
+    fixed_bytes: tuple[tuple[str, float], ...] = ()
+    views_bytes: float = 0.0
 
     def __post_init__(self) -> None:
         known = [recompute for recompute, _ in self.saved_bytes]
@@ -160,6 +198,10 @@ class LayerClass:
     def scratch(self, recompute: str) -> float:
         """Bytes alive only while the layer's backward runs."""
         return dict(self.scratch_bytes).get(recompute, self.temp_bytes)
+
+    def fixed(self, recompute: str) -> float:
+        """Of `scratch`, what does not grow with the batch: it follows the weights."""
+        return dict(self.fixed_bytes).get(recompute, 0.0)
 
     def _of(self, table: tuple[tuple[str, float], ...], recompute: str, gathers: bool) -> float:
         known = dict(table)

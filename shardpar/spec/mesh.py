@@ -76,7 +76,7 @@ class Mesh:
     @property
     def names(self) -> Axes:
         """The axes' names, slowest links first."""
-        return tuple(name for name, _ in self.axes)
+        return self._names
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -84,8 +84,21 @@ class Mesh:
         return tuple(size for _, size in self.axes)
 
     @functools.cached_property
+    def _names(self) -> Axes:
+        return tuple(name for name, _ in self.axes)
+
+    @functools.cached_property
     def _size_of_axis(self) -> dict[str, int]:
         return dict(self.axes)
+
+    # Of all strategies on a mesh, only so many sets of axes: the planner asks millions of times.
+    @functools.cached_property
+    def _sizes_known(self) -> dict[Axes, int]:
+        return {}
+
+    @functools.cached_property
+    def _rests_known(self) -> dict[Axes, Axes]:
+        return {}
 
     @property
     def num_devices(self) -> int:
@@ -98,17 +111,25 @@ class Mesh:
         Raises:
           SpecError: if an axis is not of this mesh.
         """
+        known = self._sizes_known.get(axes)
+        if known is not None:
+            return known
         sizes = self._size_of_axis
         for axis in axes:
             if axis not in sizes:
                 raise SpecError(
                     f'the mesh has no axis "{axis}"; its axes are {", ".join(self.names) or "none"}'
                 )
-        return math.prod(sizes[axis] for axis in axes)
+        size = self._sizes_known[axes] = math.prod(sizes[axis] for axis in axes)
+        return size
 
     def without(self, axes: Axes) -> Axes:
         """The axes that are not among these, in mesh order."""
-        return tuple(name for name in self.names if name not in axes)
+        known = self._rests_known.get(axes)
+        if known is None:
+            known = tuple(name for name in self.names if name not in axes)
+            self._rests_known[axes] = known
+        return known
 
     def __str__(self) -> str:
         return "{" + ", ".join(f"{name}: {size}" for name, size in self.axes) + "}"

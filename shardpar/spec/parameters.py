@@ -77,10 +77,14 @@ def activation_layout(
     if activation.batch_dim is None:
         return None
     dims: list[Axes] = [()] * len(activation.shape)
-    if strategy.sequence_parallel and activation.sequence_dim is not None:
-        dims[activation.sequence_dim] = strategy.tensor
-    # Where batch and sequence are one flattened dim, the batch's split is the one that holds.
-    dims[activation.batch_dim] = strategy.data_axes(mesh)
+    along = strategy.context + (strategy.tensor if strategy.sequence_parallel else ())
+    if activation.sequence_dim is not None:
+        dims[activation.sequence_dim] = along
+    # Where batch and sequence are one flattened dim, only what splits the data holds.
+    if activation.sequence_dim == activation.batch_dim:
+        dims[activation.batch_dim] = strategy.batch_axes(mesh) + strategy.context
+    else:
+        dims[activation.batch_dim] = strategy.batch_axes(mesh)
     return GroupLayout(mesh, tuple(dims))
 
 

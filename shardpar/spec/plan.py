@@ -2,7 +2,8 @@
 
 Plan > Pipeline > Stage > LayerStrategy. A strategy names mesh axes: the axes of
 `tensor` split the layer's heads, hidden dim or vocabulary; those of `fsdp` split
-its parameters at rest; every axis that is not in `tensor` splits the batch.
+its parameters at rest; every axis that is not in `tensor` splits the data: those of
+`context` each sequence, the others the batch.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from shardpar.spec.mesh import Axes, Mesh
 
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["1f1b", "gpipe"]
+Attention = Literal["gather", "heads"]
 
 TENSOR_DIMS = ("vocab", "mlp", "heads", "kv_heads", "expert")
 """Logical names that tensor parallelism may split, unless a plan lists others."""
@@ -33,6 +35,11 @@ class LayerStrategy:
         the sequence (Megatron-LM, arXiv 2205.05198).
       recompute: what the backward computes again: nothing; all but matmul
         results; the whole layer from its input.
+      context: axes that split each sequence rather than the batch; they may be in fsdp and
+        zero1 too, as the parameters are copies along them.
+      attention: where `context` splits the sequence, how queries meet all keys: "gather",
+        keys and values are gathered (LLaMA 3, arXiv 2407.21783); "heads", an all-to-all
+        changes from split sequences to split heads and back (Ulysses, arXiv 2309.14509).
     """
 
     layers: str
@@ -41,6 +48,8 @@ class LayerStrategy:
     zero1: Axes = ()
     sequence_parallel: bool = False
     recompute: Recompute = "none"
+    context: Axes = ()
+    attention: Attention = "gather"
 
     def __post_init__(self) -> None:
         used = (*self.tensor, *self.fsdp, *self.zero1)
@@ -60,9 +69,30 @@ class LayerStrategy:
                 "write none, selective or full"
             )
 
+        both = [axis for axis in self.context if axis in self.tensor]
+        if both or len(set(self.context)) != len(self.context):
+            raise PlanError(
+                f"layers {self.layers}: context {list(self.context)} must name different axes, "
+                f"none of them in tensor {list(self.tensor)}"
+            )
+        if self.attention not in get_args(Attention):
+            raise PlanError(
+                f"layers {self.layers}: attention is {self.attention!r}; write gather or heads"
+            )
+
+    @property
+    def gathers(self) -> bool:
+        """Whether weights or sequences are gathered inside the layer and not kept so."""
+        gathers_keys = bool(self.context) and self.attention == "gather"
+        return bool(self.fsdp) or self.sequence_parallel or gathers_keys
+
     def data_axes(self, mesh: Mesh) -> Axes:
-        """The axes that split the batch: all that tensor parallelism does not take."""
+        """The axes that split batch and sequences: all that tensor parallelism does not take."""
         return mesh.without(self.tensor)
+
+    def batch_axes(self, mesh: Mesh) -> Axes:
+        """The axes that split the batch."""
+        return mesh.without((*self.tensor, *self.context))
 
 
 @dataclass(frozen=True)
@@ -91,6 +121,7 @@ class Stage:
             raise PlanError(f"the stage on devices {list(self.devices)} has no layers")
         for strategy in self.layers:
             self.mesh.size_of((*strategy.tensor, *strategy.fsdp, *strategy.zero1))
+            self.mesh.size_of(strategy.context)
 
 
 @dataclass(frozen=True)

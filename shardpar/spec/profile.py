@@ -390,6 +390,8 @@ def measured_cluster(described: Cluster, profile: HardwareProfile) -> Cluster:
         _rounded(min(1.0, reached / peak)),
         "measured",
         f"{profile.command}: best products {rates}; {share}",
+        kind.extra_copies,
+        None if profile.overlap is None else _rounded(profile.overlap.hidden),
     )
     return replace(
         described,

@@ -21,7 +21,7 @@ from shardpar.spec.profile import (
     Overlap,
     Timed,
 )
-from shardpar.spec.text import _Dumper, _Flow, _read, _Strict
+from shardpar.spec.text import File, Steps, _Dumper, _Flow, _read, _Strict
 
 HARDWARE_FORMAT = "shardpar-hardware-profile/1"
 MODEL_FORMAT = "shardpar-model-profile/1"
@@ -189,50 +189,56 @@ def hardware_from_text(text: str, where: str = "hardware profile") -> HardwarePr
     Raises:
       SpecError: with the line, the key, what was got and what to write instead.
     """
-    document = _read(text, _Hardware, HARDWARE_FORMAT, where, SpecError)
-    overlap = document.overlap
-    try:
-        return HardwareProfile(
+    document, file = _read(text, _Hardware, HARDWARE_FORMAT, where, SpecError)
+    matmuls, memory, curves = [], [], []
+    for i, m in enumerate(document.matmuls):
+        with file.at("matmuls", i, instead_of="timing"):
+            time = Timed(m.best_s, m.median_s)
+        with file.at("matmuls", i, instead_of="matmuls"):
+            matmuls.append(MatmulTime(m.dtype, m.size, time))
+    for i, a in enumerate(document.memory):
+        with file.at("memory", i, instead_of="timing"):
+            memory.append(MemoryTime(a.op, a.num_bytes, Timed(a.best_s, a.median_s)))
+    for i, curve in enumerate(document.collectives):
+        times = []
+        for k, message in enumerate(curve.times):
+            with file.at("collectives", i, "times", k, instead_of="timing"):
+                times.append((message.num_bytes, Timed(message.best_s, message.median_s)))
+        with file.at("collectives", i, instead_of="collectives"):
+            curves.append(
+                CollectiveCurve(
+                    curve.kind,
+                    curve.group_size,
+                    tuple(times),
+                    curve.latency_s,
+                    curve.bandwidth,
+                    curve.residual,
+                )
+            )
+    overlap = None
+    if document.overlap is not None:
+        with file.at("overlap", instead_of="overlap"):
+            overlap = Overlap(
+                document.overlap.group_size,
+                document.overlap.num_bytes,
+                document.overlap.compute_s,
+                document.overlap.collective_s,
+                document.overlap.together_s,
+            )
+    with file.at():
+        profile = HardwareProfile(
             document.cluster,
             document.device,
             document.platform,
             document.devices,
             document.command,
             document.jax,
-            tuple(
-                MatmulTime(m.dtype, m.size, _time(m, f"matmuls[{i}]"))
-                for i, m in enumerate(document.matmuls)
-            ),
-            tuple(
-                MemoryTime(m.op, m.num_bytes, _time(m, f"memory[{i}]"))
-                for i, m in enumerate(document.memory)
-            ),
-            tuple(
-                CollectiveCurve(
-                    curve.kind,
-                    curve.group_size,
-                    tuple(
-                        (m.num_bytes, _time(m, f"collectives[{i}].times[{k}]"))
-                        for k, m in enumerate(curve.times)
-                    ),
-                    curve.latency_s,
-                    curve.bandwidth,
-                    curve.residual,
-                )
-                for i, curve in enumerate(document.collectives)
-            ),
-            None
-            if overlap is None
-            else Overlap(
-                overlap.group_size,
-                overlap.num_bytes,
-                overlap.compute_s,
-                overlap.collective_s,
-                overlap.together_s,
-            ),
+            tuple(matmuls),
+            tuple(memory),
+            tuple(curves),
+            overlap,
         )
-    except SpecError as error:
-        raise SpecError(f"{where}: {error}") from None
+    return profile
 
 
 def model_to_text(profile: ModelProfile) -> str:
@@ -280,9 +286,10 @@ def model_from_text(text: str, where: str = "model profile") -> ModelProfile:
     Raises:
       SpecError: with the line, the key, what was got and what to write instead.
     """
-    document = _read(text, _Model, MODEL_FORMAT, where, SpecError)
-    try:
-        return ModelProfile(
+    document, file = _read(text, _Model, MODEL_FORMAT, where, SpecError)
+    classes = tuple(_class(cls, file, ("classes", i)) for i, cls in enumerate(document.classes))
+    with file.at():
+        profile = ModelProfile(
             document.model,
             document.batch,
             document.length,
@@ -290,45 +297,45 @@ def model_from_text(text: str, where: str = "model profile") -> ModelProfile:
             document.device,
             document.command,
             document.jax,
-            tuple(_class(cls, f"classes[{i}]") for i, cls in enumerate(document.classes)),
+            classes,
         )
-    except SpecError as error:
-        raise SpecError(f"{where}: {error}") from None
+    return profile
 
 
-def _class(cls: _Class, where: str) -> LayerProfile:
+def _class(cls: _Class, file: File, at: Steps) -> LayerProfile:
     captured, measured = cls.captured, cls.measured
-    try:
-        return LayerProfile(
-            cls.name,
-            cls.layers,
-            LayerFigures(
-                captured.forward_flops,
-                captured.backward_flops,
-                captured.forward_bytes,
-                captured.backward_bytes,
-                captured.parameter_bytes,
-                captured.temp_bytes,
-                (
-                    ("none", captured.saved_bytes.none),
-                    ("selective", captured.saved_bytes.selective),
-                    ("full", captured.saved_bytes.full),
-                ),
+    with file.at(*at, "captured", instead_of="captured"):
+        figures = LayerFigures(
+            captured.forward_flops,
+            captured.backward_flops,
+            captured.forward_bytes,
+            captured.backward_bytes,
+            captured.parameter_bytes,
+            captured.temp_bytes,
+            (
+                ("none", captured.saved_bytes.none),
+                ("selective", captured.saved_bytes.selective),
+                ("full", captured.saved_bytes.full),
             ),
-            tuple(
+        )
+    times = []
+    for i, time in enumerate(measured.times):
+        with file.at(*at, "measured", "times", i, instead_of="timing"):
+            times.append(
                 LayerTime(
                     time.batch,
                     time.length,
                     Timed(time.forward_s, time.forward_median_s),
                     Timed(time.forward_backward_s, time.forward_backward_median_s),
                 )
-                for time in measured.times
-            ),
-            _line(measured.forward),
-            _line(measured.forward_backward),
-        )
-    except SpecError as error:
-        raise SpecError(f"{where}: {error}") from None
+            )
+    lines = []
+    for key in ("forward", "forward_backward"):
+        with file.at(*at, "measured", key, instead_of="fit"):
+            lines.append(_line(getattr(measured, key)))
+    with file.at(*at):
+        profile = LayerProfile(cls.name, cls.layers, figures, tuple(times), *lines)
+    return profile
 
 
 def _line(line: _Line | None) -> Fit | None:
@@ -343,13 +350,6 @@ def _line_document(line: Fit | None) -> _Flow | None:
 
 def _timed(time: Timed) -> dict[str, float]:
     return {"best_s": time.best_s, "median_s": time.median_s}
-
-
-def _time(entry: _Matmul | _Memory | _Message, where: str) -> Timed:
-    try:
-        return Timed(entry.best_s, entry.median_s)
-    except SpecError as error:
-        raise SpecError(f"{where}: {error}") from None
 
 
 def _dumped(document: dict[str, Any]) -> str:

@@ -41,10 +41,11 @@ def test_each_rate_says_where_it_came_from():
         ("memory", "measured"),
         ("intra_host", "assumed"),
         ("inter_host", "datasheet"),
-        ("efficiency", "assumed"),
+        ("efficiency", "measured"),
         ("overlap", "assumed"),
     )
     assert dict(rates(CLUSTER, (0, 6), "bfloat16").sources)["flops"] == "datasheet"
+    assert dict(rates(CLUSTER, (0, 6), "bfloat16").sources)["efficiency"] == "assumed"
 
 
 @given(meshes(most=64), st.data())
@@ -81,6 +82,16 @@ def test_a_group_that_straddles_hosts_counts_even_if_the_first_does_not(axes, li
     cluster = replace(CLUSTER, hosts=(Hosts("fast", 3, 2),))
     mesh = Mesh((("a", 3), ("b", 2)))
     assert link_over(cluster, tuple(range(6)), mesh, axes) is link
+
+
+def test_a_group_hides_as_little_traffic_as_a_device_of_it_does():
+    measured = replace(CLUSTER, kinds=(replace(FAST, overlap=0.9), replace(SLOW, overlap=0.2)))
+    assert rates(measured, (0, 1), "bfloat16").overlap == 0.9
+    assert rates(measured, (0, 6), "bfloat16").overlap == 0.2
+    assert dict(rates(measured, (0, 6), "bfloat16").sources)["overlap"] == "measured"
+    half = replace(CLUSTER, kinds=(replace(FAST, overlap=0.9), SLOW))
+    assert rates(half, (0, 6), "bfloat16").overlap == 0.5
+    assert dict(rates(half, (0, 6), "bfloat16").sources)["overlap"] == "assumed"
 
 
 def test_a_group_holds_the_most_extra_copies_that_a_device_of_it_does():

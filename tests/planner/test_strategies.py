@@ -124,7 +124,7 @@ def test_nothing_may_be_fixed(text):
     assert set(pins_of(gpt(), SearchOptions(fix=text)).values()) == {Pins()}
 
 
-KEYS = "data, fsdp, tensor, zero1, recompute, sequence_parallel"
+KEYS = "data, fsdp, tensor, zero1, context, recompute, sequence_parallel, attention"
 
 
 @pytest.mark.parametrize(

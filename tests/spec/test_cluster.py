@@ -89,6 +89,10 @@ def kind(**changed):
             'device kind "k": efficiency is 60; it is a share of the peak, at most 1',
         ),
         (
+            lambda: kind(overlap=1.5),
+            'device kind "k": overlap is 1.5; it is a share of traffic, write 0 to 1',
+        ),
+        (
             lambda: kind(extra_copies=-0.5),
             'device kind "k": extra_copies is -0.5; write 0 or more',
         ),
@@ -104,8 +108,17 @@ def kind(**changed):
         ),
         (lambda: Cluster("c", (FAST,), (), INTRA, INTER), 'cluster "c": it has no hosts'),
         (
+            lambda: Cluster("c", (FAST,), (Hosts("fast", 10**6, 10**6),), INTRA, INTER),
+            'cluster "c": hosts have 1,000,000,000,000 devices in all; a cluster may have 32,768',
+        ),
+        (
+            lambda: kind(memory_bytes=1e300),
+            'device kind "k": memory_bytes is 1e+300; write a number from 1e-09 to 1e+30',
+        ),
+        (lambda: Link(1e-300), "link: bandwidth is 1e-300; write a number from 1e-09 to 1e+30"),
+        (
             lambda: Cluster("c", (FAST, SLOW), (Hosts("k", 1),), INTRA, INTER),
-            'cluster "c": hosts are of kind "k", which is not among its kinds: fast, slow',
+            'cluster "c": hosts[0].kind is "k", which is not among its kinds: fast, slow',
         ),
     ],
 )

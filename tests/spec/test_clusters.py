@@ -77,12 +77,12 @@ H100 = (FILES[0].parent / "h100x8.yaml").read_text()
         (
             "memory_bandwidth: 3350000000000.0",
             "memory_bandwidth: 0",
-            'c: device kind "h100": memory_bandwidth is 0.0; write a positive number',
+            "c line 8: kinds.h100.memory_bandwidth is 0.0; write a positive number",
         ),
         (
             "memory_bytes: 80000000000.0",
             "memory_bytes: -80e9",
-            'c: device kind "h100": memory_bytes is -80000000000.0; write a positive number',
+            "c line 7: kinds.h100.memory_bytes is -80000000000.0; write a positive number",
         ),
         (
             "memory_bytes: 80000000000.0",
@@ -92,7 +92,7 @@ H100 = (FILES[0].parent / "h100x8.yaml").read_text()
         (
             "- {kind: h100, devices",
             "- {kind: h200, devices",
-            'c: cluster "h100x8": hosts are of kind "h200", which is not among its kinds: h100',
+            'c line 13: hosts[0].kind is "h200", which is not among its kinds: h100',
         ),
         (
             "{bfloat16: 989000000000000.0,",
@@ -102,7 +102,8 @@ H100 = (FILES[0].parent / "h100x8.yaml").read_text()
         (
             "    source: datasheet\n    note: 'NVIDIA",
             "    source: rumour\n    note: 'NVIDIA",
-            'c: kinds.h100.source is "rumour"; write measured, datasheet or assumed',
+            "c line 10: kinds.h100.source: invalid enum value 'rumour'; write measured, datasheet "
+            "or assumed",
         ),
         (
             "    bandwidth: 450000000000.0",
@@ -112,7 +113,22 @@ H100 = (FILES[0].parent / "h100x8.yaml").read_text()
         (
             "devices: 8, count: 1}",
             "devices: 0, count: 1}",
-            'c: hosts of kind "h100": 1 hosts with 0 devices; both must be at least 1',
+            "c line 13: hosts[0]: 1 hosts with 0 devices; both must be at least 1",
+        ),
+        (
+            "devices: 8, count: 1}",
+            "devices: 1000000, count: 1000000}",
+            "c line 13: hosts have 1,000,000,000,000 devices in all; a cluster may have 32,768",
+        ),
+        (
+            "  intra_host:\n    bandwidth: 450000000000.0",
+            "  intra_host:\n    bandwidth: 0",
+            "c line 16: links.intra_host.bandwidth is 0.0; write positive bytes per second",
+        ),
+        (
+            "  inter_host:\n    bandwidth: 50000000000.0\n    latency_s: 1.0e-05",
+            "  inter_host:\n    bandwidth: 50000000000.0\n    latency_s: -1",
+            "c line 22: links.inter_host.latency_s is -1.0; write seconds, 0 or more",
         ),
     ],
 )

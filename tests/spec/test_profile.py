@@ -403,7 +403,7 @@ def test_every_figure_of_a_model_profile_is_captured_or_measured():
         ),
         (
             "hardware", "dtype: float32, size: 256", "dtype: fp32, size: 256",
-            "p: matmuls: there is no dtype fp32; write one of bool, int8",
+            "p line {line}: matmuls[0]: there is no dtype fp32; write one of bool, int8",
         ),
         (
             "hardware", "op: add", "op: sub",
@@ -424,7 +424,8 @@ def test_every_figure_of_a_model_profile_is_captured_or_measured():
         ),
         (
             "hardware", f"bandwidth: {CURVE.bandwidth}", "bandwidth: .inf",
-            "p: collectives: all-reduce over 2: bandwidth is inf; write a positive number",
+            "p line {line}: collectives[0]: all-reduce over 2: bandwidth is inf; write a positive "
+            "number",
         ),
         (
             "hardware", f"bandwidth: {CURVE.bandwidth}", "bandwith: 1",
@@ -448,8 +449,8 @@ def test_every_figure_of_a_model_profile_is_captured_or_measured():
         ),
         (
             "model", "median_s: 2.0", "median_s: 0.5",
-            "p: classes[0]: timing: median_s is 0.5, less than best_s, which is 1.0; "
-            "the least of several timings cannot be above their median",
+            "p line {line}: classes[0].measured.times[0]: median_s is 0.5, less than best_s, which "
+            "is 1.0; the least of several timings cannot be above their median",
         ),
         (
             "model", "forward_flops: 1000000000.0", "forward_flops: -1",
@@ -461,7 +462,7 @@ def test_every_figure_of_a_model_profile_is_captured_or_measured():
         ),
         (
             "model", "compute_dtype: float32", "compute_dtype: fp32",
-            "p: profile of GPT: compute_dtype is fp32; write one of bool, int8",
+            "p line {line}: profile of GPT: compute_dtype is fp32; write one of bool, int8",
         ),
         (
             "model", "layers: 4", "layers: 0",

@@ -187,8 +187,10 @@ pipelines:
         ("{a: 2}", "{a: 1, a: 2}", 'line 11: not YAML: key "a" is given twice'),
         ("{a: 2}", "{a: 2", "line 12: not YAML: expected ',' or '}', but got ':'"),
         ("h100x8", "*x", "line 2: not YAML: found undefined alias 'x'"),
-        ("h100x8", "!!int ''", "not YAML: string index out of range"),
-        ("h100x8", "2001-99-99", "not YAML: month must be in 1..12"),
+        ("h100x8", "!!int ''", 'line 2: not YAML: "" cannot be read as int: string index '
+         "out of range; if it is text, write it in quotes"),
+        ("h100x8", "2001-99-99", 'line 2: not YAML: "2001-99-99" cannot be read as timestamp: '
+         "month must be in 1..12; if it is text, write it in quotes"),
         ("h100x8", "\x00", "not YAML: unacceptable character #x0000: special characters are not "
          "allowed"),
         (
@@ -197,14 +199,16 @@ pipelines:
         ),
         ("format: shardpar-plan/1\n", "", 'format is None; this version reads "shardpar-plan/1"'),
         (
-            "{a: 2}", "{b: 2}", 'the mesh has no axis "a"; its axes are b',
+            "{a: 2}", "{b: 2}",
+            'line 11: pipelines[0].stages[0]: the mesh has no axis "a"; its axes are b',
         ),
         (
             "[0, 1]", "[0, 1, 2]",
-            "a stage has 3 devices but its mesh {a: 2} holds 2; their numbers must agree",
+            "line 10: pipelines[0].stages[0]: a stage has 3 devices but its mesh {a: 2} holds 2; "
+            "their numbers must agree",
         ),
         ("batch: 8\nobj", "batch: 9\nobj",
-         "the pipelines take 8 = 8 sequences, but global_batch is 9"),
+         "line 6: the pipelines take 8 = 8 sequences, but global_batch is 9"),
     ],
 )  # fmt: skip
 def test_a_plan_that_is_wrong_says_where_and_what_to_write(old, new, message):
@@ -270,12 +274,15 @@ def test_a_cluster_may_leave_out_what_has_a_default():
             ' line 18: links.inter_host: unknown key "bandwith"; did you mean "bandwidth"?',
         ),
         ("measured", "guessed",
-         ': kinds.a100.80.source is "guessed"; write measured, datasheet or assumed'),
-        ("450e9", "-1.0", ": link: bandwidth is -1.0; write positive bytes per second"),
+         " line 13: kinds.a100.80.source: invalid enum value 'guessed'; write measured, "
+         "datasheet or assumed"),
+        (
+            "450e9", "-1.0",
+            " line 17: links.intra_host.bandwidth is -1.0; write positive bytes per second",
+        ),
         (
             "kind: h100-sxm", "kind: h200",
-            ': cluster "two": hosts are of kind "h200", which is not among its kinds: '
-            "h100-sxm, a100.80",
+            ' line 15: hosts[0].kind is "h200", which is not among its kinds: h100-sxm, a100.80',
         ),
     ],
 )  # fmt: skip

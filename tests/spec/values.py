@@ -84,7 +84,7 @@ misread = st.sampled_from(
 )
 names = words | misread
 axes = st.sampled_from(["a", "b", "c", "data", "y", "n", "no", "on", "null", "é", "true"])
-rates = st.floats(1e-9, 1e300) | st.integers(1, 10**18).map(float)
+rates = st.floats(1e-9, 1e30) | st.integers(1, 10**18).map(float)
 seconds = st.floats(0, 1e6)
 sources = st.sampled_from(["measured", "datasheet", "assumed"])
 divisors = st.integers(1, 6)
@@ -115,6 +115,7 @@ def dealt(draw, mesh: Mesh, hands: int):
 @st.composite
 def layer_strategies(draw, mesh: Mesh):
     tensor, fsdp, zero1 = draw(dealt(mesh, 3))
+    data = draw(st.permutations(mesh.without(tensor)))
     return LayerStrategy(
         draw(names),
         tensor,
@@ -122,6 +123,8 @@ def layer_strategies(draw, mesh: Mesh):
         zero1,
         bool(tensor) and draw(st.booleans()),
         draw(st.sampled_from(["none", "selective", "full"])),
+        tuple(data[: draw(st.integers(0, len(data)))]),
+        draw(st.sampled_from(["gather", "heads"])),
     )
 
 
@@ -221,6 +224,8 @@ def graphs(draw):
             attention_flops=draw(seconds),
             whole_bytes=draw(_by_recompute("none", "gathered", "selective")),
             scratch_bytes=draw(_by_recompute("none", "selective", "full")),
+            fixed_bytes=draw(_by_recompute("none", "selective", "full")),
+            views_bytes=draw(seconds),
         )
         for name in listed
     )
