@@ -95,6 +95,7 @@ def hangs(*_: Any) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", nargs=2, metavar=("KIND", "NUMBER"), help="Print one text.")
     args = parser.parse_args()
@@ -103,14 +104,14 @@ def main() -> None:
         return
     warnings.simplefilter("error", RuntimeWarning)  # NumPy's overflows in the planner
     signal.signal(signal.SIGALRM, hangs)
-    for name in KINDS:
+    for name in args.kinds:
         built(name)
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + GIB, now + GIB))
     share = {"plan": 0.5, "cluster": 0.5, "hardware": 0.1, "model": 0.1}
     failed = 0
-    for name in KINDS:
+    for name in args.kinds:
         start = time.process_time()
         found = fuzz(name, int(share[name] * args.inputs), args.seed)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

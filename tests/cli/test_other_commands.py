@@ -56,7 +56,7 @@ def test_layers_fixed_by_hand_stay_so_and_the_rest_is_completed(tmp_path):
         (
             "blocks tesnor=2",
             'plan.fix: "blocks tesnor=2": tesnor=2 is not one of data, fsdp, tensor, zero1, '
-            'recompute, sequence_parallel with a value; did you mean "tensor"?',
+            'context, recompute, sequence_parallel, attention with a value; did you mean "tensor"?',
         ),
         (
             "block tensor=2",
