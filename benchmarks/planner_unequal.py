@@ -68,10 +68,10 @@ def uniform_plans(graph: LayerGraph, devices: tuple[int, ...]) -> Iterator[tuple
                 continue
             size = len(devices) // depth // copies
             mesh = Mesh.factored(size)
-            for strategy in layer_strategies(mesh, most_tensor=8):
-                share = BATCH // copies
-                for microbatch in (m for m in (1, 2, 4, 8, 16, 32, 64) if share % m == 0):
-                    if microbatch % mesh.size_of(strategy.data_axes(mesh)):
+            share = BATCH // copies
+            for microbatch in (m for m in (1, 2, 4, 8, 16, 32, 64) if share % m == 0):
+                for strategy in layer_strategies(mesh, most_tensor=8, microbatch=microbatch):
+                    if microbatch % mesh.size_of(strategy.batch_axes(mesh)):
                         continue
                     text = f"{copies} pipelines x {depth} stages, {describe(strategy, mesh)}"
                     yield (
