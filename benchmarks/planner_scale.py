@@ -1,7 +1,7 @@
 """A plan for 100 layers on 1,024 devices of three kinds: its gap, and what finding it costs.
 
-    python benchmarks/planner_scale.py
-    python benchmarks/planner_scale.py --units 2      # pipelines may share a kind: finer, slower
+    python -m benchmarks.planner_scale
+    python -m benchmarks.planner_scale --units 2      # pipelines may share a kind: finer, slower
 
 The model is LLaMA with 98 blocks, embedding and head, 1,024 sequences a step; the cluster has 512
 H100, 256 A100 and 256 H20. The target: a gap of at most 1% in at most 30 CPU-seconds and 4 GB.
@@ -14,11 +14,7 @@ import json
 import resource
 import time
 
-import jax
-import jax.numpy as jnp
-
-from models import llama
-from shardpar.capture.trace import trace
+from benchmarks.llama_graph import llama_graph
 from shardpar.planner.cost import plan_cost
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Problem
@@ -27,24 +23,9 @@ from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import simulate
 from shardpar.spec.cluster import Cluster, Hosts, Link
 from shardpar.spec.datasheet import lookup
-from shardpar.spec.graph import LayerGraph
 from shardpar.spec.plan import Objective, Plan
 
 BATCH, LENGTH = 1024, 4096
-
-
-def model(blocks: int) -> LayerGraph:
-    options = llama.LlamaOptions(
-        vocab_size=32000, layers=blocks, width=4096, heads=32, kv_heads=32, mlp_width=11008,
-        max_length=LENGTH,
-    )  # fmt: skip
-    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-    return trace(
-        llama.loss,
-        lambda rngs: llama.build(options, rngs),
-        {"inputs": tokens, "targets": tokens},
-        compute_dtype="bfloat16",
-    ).graph
 
 
 def cluster() -> Cluster:
@@ -64,7 +45,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, default=0.01)
     parser.add_argument("--blocks", type=int, default=98)
     args = parser.parse_args()
-    graph, machines = model(args.blocks), cluster()
+    graph, machines = llama_graph(BATCH, LENGTH, args.blocks, 4096, 32, 11008), cluster()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     work = Workload(BATCH, graph.compute_dtype)

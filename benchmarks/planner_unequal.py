@@ -1,6 +1,6 @@
 """Unequal pipelines on 16 fast and 32 slow GPUs against the best uniform plans, in the simulator.
 
-    python benchmarks/planner_unequal.py
+    python -m benchmarks.planner_unequal
 
 The cluster is that of Hetu's HSPMD paper (configs/clusters/h800x16-h20x32.yaml), the model a
 LLaMA of 33 billion parameters, 64 sequences of 4,096 tokens a step. "Uniform" is what a planner
@@ -17,11 +17,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
-from models import llama
-from shardpar.capture.trace import trace
+from benchmarks.llama_graph import llama_graph
 from shardpar.errors import PlanError
 from shardpar.planner.cost import plan_cost
 from shardpar.planner.options import SearchOptions
@@ -38,20 +34,6 @@ from shardpar.spec.text import cluster_from_text, plan_to_text
 
 BATCH, LENGTH = 64, 4096
 CLUSTER = Path(__file__).parents[1] / "configs" / "clusters" / "h800x16-h20x32.yaml"
-
-
-def model() -> LayerGraph:
-    options = llama.LlamaOptions(
-        vocab_size=32000, layers=60, width=6656, heads=52, kv_heads=52, mlp_width=17920,
-        max_length=LENGTH,
-    )  # fmt: skip
-    tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-    return trace(
-        llama.loss,
-        lambda rngs: llama.build(options, rngs),
-        {"inputs": tokens, "targets": tokens},
-        compute_dtype="bfloat16",
-    ).graph
 
 
 def uniform_plans(graph: LayerGraph, devices: tuple[int, ...]) -> Iterator[tuple[str, Plan]]:
@@ -125,13 +107,13 @@ def best_uniform(
 
 def main() -> None:
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    graph = model()
+    graph = llama_graph(BATCH, LENGTH, layers=60, width=6656, heads=52, mlp_width=17920)
     cluster = cluster_from_text(CLUSTER.read_text(), str(CLUSTER))
     work = Workload(BATCH, graph.compute_dtype)
     start = time.process_time()
     found = search(graph, cluster, work, SearchOptions())
     cpu_s = time.process_time() - start
-    ours = simulate(found.plan, found.cost).step_s
+    ours = found.simulated_s
     print(plan_to_text(found.plan))
     everything = tuple(range(cluster.num_devices))
     fast = tuple(d for d in everything if cluster.kind_of(d).name == "h800")

@@ -360,7 +360,7 @@ def show_plan(planned: Planned) -> None:
         for other in found.runners_up[:5]:
             slower = other.step_s / found.cost.step_s - 1
             screen.print(
-                f"  {other.description}: {other.step_s * 1e3:,.1f} ms (+{slower:.1%}), "
+                f"  {other.description}: {other.step_s * 1e3:,.1f} ms ({slower:+.1%}), "
                 f"{other.peak_bytes / 2**30:.2f} GiB",
                 style="dim",
                 highlight=False,

@@ -160,56 +160,47 @@ def bounds(parts: Sequence[Run], counts: np.ndarray, limit: float, in_flight: in
       [many] seconds; inf where nothing fits.
     """
     out = np.full(len(counts), np.inf)
-    levels = _coarse(list(_scratch_levels(parts)))
     used = counts > 0
-    every = [
-        np.array(
+    every = []
+    for part in parts:
+        figures = np.array(
             [
-                (c.seconds, c.state_bytes + in_flight * c.saved_bytes, c.scratch_bytes)
+                (c.state_bytes + in_flight * c.saved_bytes, c.seconds, c.scratch_bytes)
                 for c in part.choices
             ]
         ).T
-        for part in parts
-    ]
-    for cap, spare in levels:
-        kept = [figures[:, figures[2] <= cap] for figures in every]
-        seconds, sizes = [f[0] for f in kept], [f[1] for f in kept]
-        empty = np.array([len(s) == 0 for s in seconds])
-        possible = ~(used & empty).any(axis=1)
-        prices = _prices(seconds, sizes)
-        priced = np.stack(
-            [
-                np.zeros(len(prices))
-                if len(s) == 0
-                else (s[None, :] + prices[:, None] * m[None, :]).min(axis=1)
-                for s, m in zip(seconds, sizes, strict=True)
-            ]
-        )
-        least = np.array([m.min() if len(m) else 0.0 for m in sizes])
+        every.append(figures[:, np.lexsort(figures[1::-1])])
+    for cap, spare in _coarse(_scratch_levels(parts)):
+        hulls = [_hull(sizes[x <= cap], s[x <= cap]) for sizes, s, x in every]
+        # The dual's optimum is at the slope of some hull, or at zero.
+        slopes = {(a[1] - b[1]) / (b[0] - a[0]) for h in hulls for a, b in itertools.pairwise(h)}
+        prices = np.array([0.0, *slopes])
+        priced = np.zeros((len(hulls), len(prices)))
+        for row, hull in zip(priced, hulls, strict=True):
+            if hull:
+                sizes, seconds = np.array(hull).T
+                row[:] = (seconds[:, None] + sizes[:, None] * prices).min(axis=0)
+        least = np.array([hull[0][0] if hull else 0.0 for hull in hulls])
+        possible = ~(used & np.array([not hull for hull in hulls])).any(axis=1)
         fits = possible & (counts @ least <= (limit - spare) * (1 + 1e-12))
-        values = (counts @ priced - prices[None, :] * (limit - spare)).max(axis=1)
+        values = (counts @ priced - prices * (limit - spare)).max(axis=1)
         out = np.where(fits, np.minimum(out, values), out)
     return out
 
 
-def _prices(seconds: Sequence[np.ndarray], sizes: Sequence[np.ndarray]) -> np.ndarray:
-    """Slopes of all hulls, zero included: the dual's optimum is at one of them."""
-    slopes = [0.0]
-    for every_s, every_m in zip(seconds, sizes, strict=True):
-        order = np.lexsort((every_s, every_m))
-        s, m = every_s[order], every_m[order]
-        # Only what is faster than all that is smaller.
-        useful = np.append(np.inf, np.minimum.accumulate(s)[:-1]) > s
-        points = list(zip(s[useful].tolist(), m[useful].tolist(), strict=True))
-        hull: list[tuple[float, float]] = []
-        for point in points:
-            while len(hull) > 1 and (hull[-2][0] - hull[-1][0]) * (point[1] - hull[-1][1]) <= (
-                hull[-1][0] - point[0]
-            ) * (hull[-1][1] - hull[-2][1]):
-                hull.pop()
-            hull.append(point)
-        slopes += [(a[0] - b[0]) / (b[1] - a[1]) for a, b in itertools.pairwise(hull)]
-    return np.unique(np.array(slopes))
+def _hull(sizes: np.ndarray, seconds: np.ndarray) -> list[tuple[float, float]]:
+    """(bytes, seconds) of the lower convex hull of choices, sorted by bytes, then seconds."""
+    # Only what is faster than all that is smaller.
+    useful = np.ones(len(seconds), bool)
+    useful[1:] = seconds[1:] < np.minimum.accumulate(seconds)[:-1]
+    hull: list[tuple[float, float]] = []
+    for b, s in zip(sizes[useful].tolist(), seconds[useful].tolist(), strict=True):
+        while len(hull) > 1 and (hull[-2][1] - hull[-1][1]) * (b - hull[-1][0]) <= (
+            hull[-1][1] - s
+        ) * (hull[-1][0] - hull[-2][0]):
+            hull.pop()
+        hull.append((b, s))
+    return hull
 
 
 def _scratch_levels(runs: Sequence[Run]) -> list[tuple[float, float]]:

@@ -130,7 +130,7 @@ def search(
     alone = [Candidate(found.step_s, (found.pipeline,)) for found in solved]
     step_s, plan, cost, simulated_s = _rescored(problem, [*combined, *alone], best_s)
     plan = replace(plan, objective=Objective(step_s, min(floor, step_s), 0.0))
-    others = [found for found in solved if (found.pipeline,) != plan.pipelines]
+    others = [c for c in [*combined, *alone] if c.pipelines != plan.pipelines]
     return SearchResult(
         plan,
         cost,
@@ -217,13 +217,13 @@ def _describe(plan: Plan, graph: LayerGraph) -> str:
     return " || ".join(pipelines)
 
 
-def _runners_up(problem: Problem, step_s: float, others: list[Found]) -> Iterator[Scored]:
+def _runners_up(problem: Problem, step_s: float, others: list[Candidate]) -> Iterator[Scored]:
     uniform = best_uniform(problem)
     rest = list(others)
     if uniform is not None and uniform.step_s > step_s:
-        rest.append(uniform)
-    for found in sorted(rest, key=lambda f: f.step_s):
-        pipeline = found.pipeline
-        peak = max(stage.peak_bytes or 0.0 for stage in pipeline.stages)
-        plan = Plan(problem.cluster.name, pipeline.sequences, (pipeline,))
-        yield Scored(_describe(plan, problem.graph), found.step_s, peak)
+        rest.append(Candidate(uniform.step_s, (uniform.pipeline,)))
+    for other in sorted(rest, key=lambda c: c.step_s):
+        stages = [stage for pipeline in other.pipelines for stage in pipeline.stages]
+        plan = Plan(problem.cluster.name, problem.workload.global_batch, other.pipelines)
+        peak = max(stage.peak_bytes or 0.0 for stage in stages)
+        yield Scored(_describe(plan, problem.graph), other.step_s, peak)

@@ -18,6 +18,7 @@ from shardpar.planner.strategies import Pins, layer_strategies
 from shardpar.planner.traffic import border_axes, border_s
 from shardpar.spec.check import check_layer
 from shardpar.spec.graph import OUTSIDE, LayerClass, LayerGraph
+from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy
 from shardpar.spec.select import summarise
 
@@ -178,7 +179,7 @@ def space_of(
             pins = replace(pins, recompute="none")
         # A layer that is not understood may not have its sequence split.
         few = microbatch if part.cls.products is not None else None
-        for strategy in layer_strategies(mesh, pins, most_tensor, few):
+        for strategy in _strategies(mesh, pins, most_tensor, few):
             if strategy not in shards_of:
                 shards_of[strategy] = mesh.size_of(strategy.batch_axes(mesh))
             shards = shards_of[strategy]
@@ -215,7 +216,7 @@ def space_of(
                 kept.append(strategy)
         if not kept:
             name = graph.layers[part.first].name
-            for strategy in layer_strategies(mesh, pins, most_tensor, few):
+            for strategy in _strategies(mesh, pins, most_tensor, few):
                 if microbatch % mesh.size_of(strategy.batch_axes(mesh)) == 0:
                     reason = _problem(part.cls, strategy, setting)
                     if reason:
@@ -234,6 +235,13 @@ def space_of(
         for part, c in zip(parts, choices, strict=True)
     )
     return Space(graph, setting, parts, tuple(map(tuple, chosen)), runs)
+
+
+@functools.lru_cache(maxsize=1024)
+def _strategies(
+    mesh: Mesh, pins: Pins, most_tensor: int, microbatch: int | None
+) -> tuple[LayerStrategy, ...]:
+    return tuple(layer_strategies(mesh, pins, most_tensor, microbatch))
 
 
 def _entry_s(
