@@ -8,6 +8,7 @@ most are dropped before any search begins.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -24,17 +25,18 @@ class Priced:
     """Every legal choice of a space, and its price in any step.
 
     Attributes:
-      space: with all choices, as priced for one step.
-      microbatch_s, update_s, cross_s: per part, of each choice: of one micro-batch; once a step;
-        and once more where several pipelines sum their gradients.
+      space: with all strategies, and runs without choices.
+      figures: per part, [6, choices]: seconds of a micro-batch, once a step, and once more where
+        several pipelines sum their gradients; bytes of state, saved and scratch. Arrays, as
+        there are hundreds of thousands of choices in a large problem.
+      borders: per part, the layout of each choice.
       useful: per part, the choices that no other one beats in everything.
     """
 
     space: Space
-    microbatch_s: tuple[np.ndarray, ...]
-    update_s: tuple[np.ndarray, ...]
-    cross_s: tuple[np.ndarray, ...]
-    useful: tuple[tuple[int, ...], ...]
+    figures: tuple[np.ndarray, ...]
+    borders: tuple[np.ndarray, ...]
+    useful: tuple[np.ndarray, ...]
 
     @classmethod
     def of(
@@ -42,78 +44,60 @@ class Priced:
     ) -> Priced:
         """From a space for several pipelines and the costs that it was made of."""
         overlap = space.setting.speed.overlap
-        each_s, update_s, cross_s = [], [], []
+        figures = []
         for part, strategies in zip(space.parts, space.strategies, strict=True):
             known = [c for s in strategies if (c := costs[part.cls.name, s]) is not None]
-            each_s.append(np.array([cost.microbatch_s(overlap) for cost in known]))
-            update_s.append(np.array([cost.update_s for cost in known]))
-            cross_s.append(np.array([cost.cross_s for cost in known]))
-        useful = [
-            _useful(run.choices, *seconds)
-            for run, *seconds in zip(space.runs, each_s, update_s, cross_s, strict=True)
-        ]
-        return cls(space, tuple(each_s), tuple(update_s), tuple(cross_s), tuple(useful))
+            rows = [
+                (
+                    c.microbatch_s(overlap), c.update_s, c.cross_s,
+                    c.state_bytes, c.saved_bytes, c.scratch_bytes,
+                )
+                for c in known
+            ]  # fmt: skip
+            figures.append(np.array(rows).T)
+        borders = [np.array([c.border for c in run.choices]) for run in space.runs]
+        runs = tuple(replace(run, choices=()) for run in space.runs)
+        return cls(
+            replace(space, runs=runs),
+            tuple(figures),
+            tuple(borders),
+            tuple(_useful(*pair) for pair in zip(figures, borders, strict=True)),
+        )
 
     def least_s(self, microbatches: int, pipelines: int) -> np.ndarray:
         """[parts] seconds of a micro-batch through each part, memory and layouts left out."""
         return np.array(
             [
-                run.count * float(seconds.min())
-                for run, seconds in zip(
-                    self.space.runs, self._seconds(microbatches, pipelines), strict=True
-                )
+                run.count * float(_seconds(figures, microbatches, pipelines).min())
+                for run, figures in zip(self.space.runs, self.figures, strict=True)
             ]
         )
 
     def of_step(self, microbatches: int, pipelines: int, every: bool = False) -> Space:
         """The space in a step of so many micro-batches: its useful choices, or every one."""
-        kept = [
-            range(len(run.choices)) if every else useful
-            for run, useful in zip(self.space.runs, self.useful, strict=True)
-        ]
-        setting = replace(self.space.setting, num_microbatches=microbatches, pipelines=pipelines)
-        return replace(
-            self.space,
-            setting=setting,
-            strategies=tuple(
-                tuple(strategies[i] for i in indices)
-                for strategies, indices in zip(self.space.strategies, kept, strict=True)
-            ),
-            runs=tuple(
-                replace(
-                    run,
-                    choices=tuple(
-                        replace(run.choices[i], seconds=float(seconds[i])) for i in indices
-                    ),
-                )
-                for run, indices, seconds in zip(
-                    self.space.runs, kept, self._seconds(microbatches, pipelines), strict=True
-                )
-            ),
-        )
-
-    def _seconds(self, microbatches: int, pipelines: int) -> list[np.ndarray]:
-        """Per part, seconds of each choice; in the order of LayerCost.seconds, bit for bit."""
-        return [
-            each + ((update + cross) if pipelines > 1 else update) / microbatches
-            for each, update, cross in zip(
-                self.microbatch_s, self.update_s, self.cross_s, strict=True
+        strategies, runs = [], []
+        for part, run in enumerate(self.space.runs):
+            kept = np.arange(len(self.borders[part])) if every else self.useful[part]
+            figures = self.figures[part][:, kept]
+            seconds = _seconds(figures, microbatches, pipelines)
+            columns = (row.tolist() for row in (seconds, *figures[3:], self.borders[part][kept]))
+            strategies.append(tuple(self.space.strategies[part][i] for i in kept.tolist()))
+            runs.append(
+                replace(run, choices=tuple(itertools.starmap(Choice, zip(*columns, strict=True))))
             )
-        ]
+        setting = replace(self.space.setting, num_microbatches=microbatches, pipelines=pipelines)
+        return replace(self.space, setting=setting, strategies=tuple(strategies), runs=tuple(runs))
 
 
-def _useful(choices: tuple[Choice, ...], *seconds: np.ndarray) -> tuple[int, ...]:
+def _seconds(figures: np.ndarray, microbatches: int, pipelines: int) -> np.ndarray:
+    """Seconds of each choice, in the order of LayerCost.seconds, so that bits agree."""
+    each, update, cross = figures[:3]
+    seconds: np.ndarray = each + (update + cross if pipelines > 1 else update) / microbatches
+    return seconds
+
+
+def _useful(figures: np.ndarray, borders: np.ndarray) -> np.ndarray:
     """The choices that no other one of their border beats in everything; the first of equals."""
-    figures = np.array(
-        [
-            *seconds,
-            *(
-                [getattr(c, name) for c in choices]
-                for name in ("state_bytes", "saved_bytes", "scratch_bytes")
-            ),
-        ]
-    )
-    borders = np.array([c.border for c in choices])
     kept: list[int] = []
     for border in np.unique(borders):
         members = np.flatnonzero(borders == border)
@@ -124,4 +108,4 @@ def _useful(choices: tuple[Choice, ...], *seconds: np.ndarray) -> tuple[int, ...
         earlier = np.tri(len(members), k=-1, dtype=bool)
         beaten = (no_worse & (~no_worse.T | earlier)).any(axis=1)
         kept += members[~beaten].tolist()
-    return tuple(sorted(kept))
+    return np.array(sorted(kept))

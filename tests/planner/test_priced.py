@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from shardpar.planner.layers import Choice
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Problem, Shape
 from shardpar.planner.priced import _useful
@@ -65,10 +64,12 @@ def test_what_is_not_useful_is_not_missed(count, in_flight, share):
 
 
 def test_a_choice_is_beaten_only_by_one_of_its_border_that_is_no_worse_in_anything():
-    choices = (
-        Choice(0.0, 4.0, 1.0, 1.0, 0), Choice(0.0, 5.0, 1.0, 1.0, 0), Choice(0.0, 5.0, 1.0, 0.5, 0),
-        Choice(0.0, 5.0, 1.0, 1.0, 1), Choice(0.0, 4.0, 1.0, 1.0, 0), Choice(0.0, 4.0, 1.0, 1.0, 0),
-    )  # fmt: skip
-    each, once = np.array([1.0, 1.0, 1.0, 2.0, 1.0, 0.9]), np.array([1.0, 1.0, 1.0, 2.0, 1.0, 1.1])
+    figures = np.array(
+        [
+            (1.0, 1.0, 1.0, 4.0, 1.0, 1.0), (1.0, 1.0, 1.0, 5.0, 1.0, 1.0),
+            (1.0, 1.0, 1.0, 5.0, 1.0, 0.5), (2.0, 2.0, 1.0, 5.0, 1.0, 1.0),
+            (1.0, 1.0, 1.0, 4.0, 1.0, 1.0), (0.9, 1.1, 1.0, 4.0, 1.0, 1.0),
+        ]
+    ).T  # fmt: skip
     # The second is worse than the first, the fifth its equal; the last is faster but once a step.
-    assert _useful(choices, each, once) == (0, 2, 3, 5)
+    assert _useful(figures, np.array([0, 0, 0, 1, 0, 0])).tolist() == [0, 2, 3, 5]
