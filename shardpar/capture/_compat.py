@@ -5,12 +5,14 @@ Checked with jax 0.10.2; the project pins the range these names were tested on.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 
 def as_function(closed: Any) -> Callable[..., list[Any]]:
@@ -145,3 +147,47 @@ def matmul_flops(jaxpr: Any) -> tuple[float, float]:
             inner, inner_batched = matmul_flops(sub)
             every, batched = every + times * inner, batched + times * inner_batched
     return every, batched
+
+
+def only(closed: Any, outputs: Sequence[int]) -> tuple[Any, tuple[int, ...]]:
+    """A program that computes some of another's outputs and no more, and which inputs it reads."""
+    wanted = set(outputs)
+    flags = [i in wanted for i in range(len(closed.jaxpr.outvars))]
+    jaxpr, used = partial_eval.dce_jaxpr(closed.jaxpr, flags)
+    # Outputs come in the order of the program; the caller's order may be another.
+    place = {i: n for n, i in enumerate(sorted(wanted))}
+    jaxpr = jaxpr.replace(
+        outvars=[jaxpr.outvars[place[i]] for i in outputs],
+        debug_info=jaxpr.debug_info._replace(result_paths=None),
+    )
+    return core.ClosedJaxpr(jaxpr, closed.consts), tuple(i for i, u in enumerate(used) if u)
+
+
+def levels(
+    closed: Any, given: Sequence[int], join: Callable[[int, int], int] = max
+) -> dict[Any, int]:
+    """For every variable of a program, the highest level among the inputs it depends on.
+
+    Calls and loops are looked into: an output that does not depend on an input is not lifted
+    by it. Constants have level 0.
+
+    Args:
+      closed: the program.
+      given: a level for each of its inputs.
+      join: what two levels make together; `operator.or_` tells which inputs, one bit for each.
+    """
+    found: dict[Any, int] = dict.fromkeys(closed.jaxpr.constvars, 0)
+    found.update(zip(closed.jaxpr.invars, given, strict=True))
+    for eqn in closed.jaxpr.eqns:
+        reads = [0 if is_literal(v) else found[v] for v in eqn.invars]
+        outs = [v for v in eqn.outvars if not is_dropped(v)]
+        mixed = len(outs) > 1 and len(set(reads)) > 1
+        if not (mixed and any(True for _ in core.jaxprs_in_params(eqn.params))):
+            found.update(dict.fromkeys(outs, functools.reduce(join, reads, 0)))
+            continue
+        invars = list(dict.fromkeys(v for v in eqn.invars if not is_literal(v)))
+        alone = subjaxpr(closed, [eqn], invars, outs)
+        for i, v in enumerate(outs):
+            _, used = only(alone, [i])
+            found[v] = functools.reduce(join, (found[invars[j]] for j in used), 0)
+    return found

@@ -23,6 +23,7 @@ from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.shardings import batch_sharding, constrain, replicated
 from shardpar.lowering.stages import Forward, StageLayouts, forward_program
 from shardpar.lowering.state import TrainState, gradient_sharding, shardings_of, state_shapes
+from shardpar.lowering.update import updated
 from shardpar.spec.check import check
 from shardpar.spec.plan import LayerStrategy, Plan
 from shardpar.spec.select import strategies
@@ -252,22 +253,8 @@ def _step_function(
             name: constrain(g.astype(jnp.float32), gradient_sharding(name, layouts))
             for name, g in grads.items()
         }
-        # One global weight: micro-batches with more tokens count for more.
         norm = optax.tree.norm(grads) / weight
-        scale = 1.0 / weight
-        if options.gradient_clip is not None:
-            scale *= jnp.minimum(1.0, options.gradient_clip / jnp.maximum(norm, 1e-16))
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        after = TrainState(params, optimizer_state, rest, state.step + 1)
-        metrics = {"loss": total / weight, "weight": weight, "grad_norm": norm}
-        metrics["skipped"] = jnp.int32(0)
-        if options.skip_nonfinite:
-            finite = jnp.isfinite(norm) & jnp.isfinite(total)
-            after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-            metrics["skipped"] = 1 - finite.astype(jnp.int32)
-        return after, metrics
+        return updated(state, grads, rest, total, weight, norm, optimizer, options)
 
     return step
 

@@ -7,7 +7,7 @@ before the run began.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +30,23 @@ class Run:
     carry: tuple[tuple[int, int], ...] = ()
     shared: tuple[int, ...] = ()
 
+    @property
+    def stacked(self) -> list[int]:
+        """Input positions of which every call has its own."""
+        chained = {i for i, _ in self.carry}
+        count = len(self.calls[0].parameters)
+        return [i for i in range(count) if i not in chained and i not in self.shared]
+
 
 Step = Run | int
 """A run of layers, or the index of an equation outside all layers."""
 
 
 def steps(
-    program: CutProgram, strategies: Mapping[str, LayerStrategy], min_length: int
+    program: CutProgram,
+    strategies: Mapping[str, LayerStrategy],
+    min_length: int,
+    among: Collection[int] | None = None,
 ) -> tuple[Step, ...]:
     """The program's equations in an order in which runs of layers stand together.
 
@@ -44,6 +54,7 @@ def steps(
       program: the cut program.
       strategies: each layer's strategy; a run never crosses a change of it.
       min_length: shorter chains are left as single calls.
+      among: only these equations, the others being another stage's; None takes all.
     """
     eqns = program.closed.jaxpr.eqns
     by_position = {call.position: k for k, call in enumerate(program.calls)}
@@ -51,7 +62,7 @@ def steps(
     out: list[Step] = []
     done: set[int] = set()
     for position in range(len(eqns)):
-        if position in done:
+        if position in done or (among is not None and position not in among):
             continue
         if position not in by_position:
             out.append(position)
@@ -63,7 +74,8 @@ def steps(
         last = run.calls[-1].position
         # What lies between two calls of the run but does not need them goes before it.
         for between in range(position + 1, last):
-            if between not in by_position and depends[id(eqns[between])] < first:
+            mine = among is None or between in among
+            if mine and between not in by_position and depends[id(eqns[between])] < first:
                 out.append(between)
                 done.add(between)
         out.append(run)
@@ -120,7 +132,7 @@ def _longest(
 
 
 def _alike(a: LayerCall, b: LayerCall, strategies: Mapping[str, LayerStrategy]) -> bool:
-    if a.class_name != b.class_name or strategies[a.name] != strategies[b.name]:
+    if a.class_name != b.class_name or strategies.get(a.name) != strategies.get(b.name):
         return False
     # Equal blocks normally share one traced jaxpr; text decides where a constructor
     # made fresh (hence unequal) initialisers and Flax traced each block anew.

@@ -19,10 +19,11 @@ from shardpar.capture._compat import as_function, is_literal, run_equation
 from shardpar.capture.attention import with_products
 from shardpar.capture.cut import CutProgram, LayerCall
 from shardpar.capture.recompute import policy_of
+from shardpar.capture.segments import Again
 from shardpar.lowering.context import gather, over_context
-from shardpar.lowering.runs import Run, steps
+from shardpar.lowering.runs import Run, Step, steps
 from shardpar.lowering.shardings import constrain, named_sharding
-from shardpar.spec.graph import Activation, LayerGraph, Parameter
+from shardpar.spec.graph import Activation, LayerClass, LayerGraph, Parameter
 from shardpar.spec.parameters import activation_layout, compute_layout, parameter_layout
 from shardpar.spec.plan import LayerStrategy, Stage
 
@@ -47,12 +48,15 @@ class StageLayouts:
     owners: Mapping[str, tuple[Parameter, LayerStrategy]]
     tensor_dims: tuple[str, ...]
 
-    def stored(self, name: str) -> NamedSharding:
-        """How a parameter lies at rest."""
+    def class_of(self, layer: str) -> LayerClass:
+        """The class of a layer, by the layer's name."""
+        return self.graph.class_of(next(x for x in self.graph.layers if x.name == layer))
+
+    def stored(self, name: str, stacked: int = 0) -> NamedSharding:
+        """How a parameter lies at rest, or a stack of parameters like it."""
         parameter, strategy = self.owners[name]
-        return named_sharding(
-            self.mesh, parameter_layout(parameter, strategy, self.stage.mesh, self.tensor_dims)
-        )
+        layout = parameter_layout(parameter, strategy, self.stage.mesh, self.tensor_dims)
+        return named_sharding(self.mesh, layout, stacked)
 
     def gathered(self, name: str, strategy: LayerStrategy) -> NamedSharding:
         """How a parameter lies while a layer with this strategy computes."""
@@ -81,7 +85,6 @@ def forward_program(program: CutProgram, layouts: StageLayouts, min_run: int) ->
     """
     jaxpr = program.closed.jaxpr
     order = steps(program, layouts.strategies, min_run)
-    borders = _read_by_layers(program)
 
     def forward(params: Any, rest: Any, batch: Any) -> Any:
         given = {"params": params, "rest": rest, "batch": batch}
@@ -91,30 +94,90 @@ def forward_program(program: CutProgram, layouts: StageLayouts, min_run: int) ->
             for var, (kind, name) in zip(jaxpr.invars, program.inputs, strict=True)
         )
 
-        def read(atom: Any) -> Any:
-            return atom.val if is_literal(atom) else env[atom]
-
-        for step in order:
-            if isinstance(step, int):
-                env.update(run_equation(program.closed, jaxpr.eqns[step], read))
-            elif len(step.calls) == 1:
-                call = step.calls[0]
-                eqn = jaxpr.eqns[call.position]
-                inputs = [read(v) for v in eqn.invars]
-                layer = _layer(call, layouts, [id(v) in borders for v in eqn.outvars])
-                env.update(zip(eqn.outvars, layer(*inputs), strict=True))
-            else:
-                env.update(_loop(step, program, layouts, read))
+        run_steps(order, program, layouts, env)
+        read = reader(env)
         total, weight, *changed = [read(v) for v in jaxpr.outvars]
         return total, weight, dict(zip(program.outputs, changed, strict=True))
 
     return forward
 
 
+def reader(env: Mapping[Any, Any]) -> Callable[[Any], Any]:
+    """The value of a literal or a variable."""
+    return lambda atom: atom.val if is_literal(atom) else env[atom]
+
+
+def run_steps(
+    order: Sequence[Step | Again],
+    program: CutProgram,
+    layouts: StageLayouts,
+    env: dict[Any, Any],
+    stacks: Mapping[tuple[int, int], Any] = {},
+) -> None:
+    """Runs equations and layers and puts what they make into `env`.
+
+    Args:
+      order: runs of layers, positions of other equations, and equations of other stages.
+      program: the cut loss.
+      layouts: where everything lies.
+      env: values by variable.
+      stacks: for loops, parameters that are stacked already: by the position of the loop's
+        first layer and the number of its input.
+    """
+    jaxpr = program.closed.jaxpr
+    borders = _read_by_layers(program)
+    read = reader(env)
+    for step in order:
+        if isinstance(step, int):
+            env.update(run_equation(program.closed, jaxpr.eqns[step], read))
+        elif isinstance(step, Again):
+            values = step.function(*map(read, step.inputs))
+            env.update(zip(step.outputs, values, strict=True))
+        elif len(step.calls) == 1:
+            call = step.calls[0]
+            eqn = jaxpr.eqns[call.position]
+            inputs = [read(v) for v in eqn.invars]
+            layer = _layer(call, layouts, [id(v) in borders for v in eqn.outvars])
+            env.update(zip(eqn.outvars, layer(*inputs), strict=True))
+        else:
+            env.update(_loop(step, program, layouts, read, stacks))
+
+
 def _read_by_layers(program: CutProgram) -> set[int]:
     """Ids of the variables that layers read: what crosses a border from one to the next."""
     eqns = [program.closed.jaxpr.eqns[call.position] for call in program.calls]
     return {id(v) for eqn in eqns for v in eqn.invars if not is_literal(v)}
+
+
+def border_shardings(
+    program: CutProgram, layouts: StageLayouts
+) -> tuple[dict[Any, NamedSharding], dict[Any, NamedSharding]]:
+    """How what a stage's layers read, and what they make, lies at their borders, by variable."""
+    reads: dict[Any, NamedSharding] = {}
+    makes: dict[Any, NamedSharding] = {}
+    for call in program.calls:
+        if call.name not in layouts.strategies:
+            continue
+        eqn, strategy = program.closed.jaxpr.eqns[call.position], layouts.strategies[call.name]
+        for found, variables, known in (
+            (reads, eqn.invars, _arriving(call, layouts)),
+            (makes, eqn.outvars, _leaving(call, layouts)),
+        ):
+            for v, activation in zip(variables, known, strict=True):
+                sharding = None if activation is None else layouts.activation(activation, strategy)
+                if sharding is not None and not is_literal(v):
+                    found.setdefault(v, sharding)
+    return reads, makes
+
+
+def _arriving(call: LayerCall, layouts: StageLayouts) -> list[Activation | None]:
+    cls = layouts.class_of(call.name)
+    return _activations(call.jaxpr.jaxpr.invars, call.parameters, cls.inputs)
+
+
+def _leaving(call: LayerCall, layouts: StageLayouts) -> list[Activation | None]:
+    outvars = call.jaxpr.jaxpr.outvars
+    return _activations(outvars, (None,) * len(outvars), layouts.class_of(call.name).outputs)
 
 
 def _layer(
@@ -126,16 +189,11 @@ def _layer(
     like the stream between layers would gather a split vocabulary for nothing.
     """
     strategy = layouts.strategies[call.name]
-    cls = layouts.graph.class_of(
-        next(layer for layer in layouts.graph.layers if layer.name == call.name)
-    )
+    cls = layouts.class_of(call.name)
     function = as_function(call.jaxpr)
     if strategy.context:
         function = with_products(call.jaxpr, over_context(cls, strategy, layouts))
-    arriving = _activations(call.jaxpr.jaxpr.invars, call.parameters, cls.inputs)
-    leaving = _activations(
-        call.jaxpr.jaxpr.outvars, (None,) * len(call.jaxpr.jaxpr.outvars), cls.outputs
-    )
+    arriving, leaving = _arriving(call, layouts), _leaving(call, layouts)
 
     def whole(x: Any, name: str | None, activation: Activation | None) -> Any:
         if name is not None:
@@ -186,25 +244,27 @@ def _activations(
 
 
 def _loop(
-    run: Run, program: CutProgram, layouts: StageLayouts, read: Callable[[Any], Any]
+    run: Run,
+    program: CutProgram,
+    layouts: StageLayouts,
+    read: Callable[[Any], Any],
+    stacks: Mapping[tuple[int, int], Any],
 ) -> dict[Any, Any]:
     """Runs a chain of equal layers as one `lax.scan`; returns the values of their outputs."""
     eqns = [program.closed.jaxpr.eqns[call.position] for call in run.calls]
     first = run.calls[0]
     chained = dict(run.carry)
-    stacked = [i for i in range(len(eqns[0].invars)) if i not in chained and i not in run.shared]
+    stacked = run.stacked
     layer = _layer(
         first, layouts, [o in chained.values() for o in range(len(eqns[0].outvars))], True
     )
 
     def stack(i: int) -> Any:
+        if (first.position, i) in stacks:
+            return stacks[first.position, i]
         values = jnp.stack([read(eqn.invars[i]) for eqn in eqns])
         name = first.parameters[i]
-        if name is None:
-            return values
-        parameter, owner = layouts.owners[name]
-        layout = parameter_layout(parameter, owner, layouts.stage.mesh, layouts.tensor_dims)
-        return constrain(values, named_sharding(layouts.mesh, layout, stacked=1))
+        return values if name is None else constrain(values, layouts.stored(name, stacked=1))
 
     xs = [stack(i) for i in stacked]
     shared = {i: read(eqns[0].invars[i]) for i in run.shared}

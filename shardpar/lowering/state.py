@@ -59,11 +59,11 @@ def state_shapes(
     )
 
 
-def gradient_sharding(name: str, layouts: StageLayouts) -> NamedSharding:
+def gradient_sharding(name: str, layouts: StageLayouts, stacked: int = 0) -> NamedSharding:
     """How the optimizer wants a parameter's gradient, and keeps the state shaped like it."""
     parameter, strategy = layouts.owners[name]
     layout = optimizer_layout(parameter, strategy, layouts.stage.mesh, layouts.tensor_dims)
-    return named_sharding(layouts.mesh, layout)
+    return named_sharding(layouts.mesh, layout, stacked)
 
 
 def shardings_of(state: TrainState) -> TrainState:

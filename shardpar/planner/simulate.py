@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shardpar.planner.cost import PlanCost
-from shardpar.spec.plan import Pipeline, Plan
-from shardpar.spec.schedule import Action, actions
+from shardpar.spec.plan import Plan
+from shardpar.spec.schedule import play
 
 EventKind = Literal["forward", "backward", "sync", "update"]
 
@@ -60,15 +60,18 @@ def simulate(plan: Plan, cost: PlanCost) -> Timeline:
     ends: list[list[float]] = []
     for number, pipeline in enumerate(plan.pipelines):
         prices = [next(stages) for _ in pipeline.stages]
-        played = _play(
+        played = play(
             pipeline,
             [(price.forward_s, price.backward_s) for price in prices],
             [price.sent_s / 2 for price in prices],
         )
         ends.append([0.0] * len(pipeline.stages))
-        for stage, action, start_s, end_s in played:
-            events.append(Event(number, stage, action.kind, action.microbatch, start_s, end_s))
-            ends[-1][stage] = max(ends[-1][stage], end_s)
+        for turn in played:
+            stage, action = turn.stage, turn.action
+            events.append(
+                Event(number, stage, action.kind, action.microbatch, turn.start, turn.end)
+            )
+            ends[-1][stage] = max(ends[-1][stage], turn.end)
     stages = iter(cost.stages)
     last = max(end for row in ends for end in row)
     for number, pipeline in enumerate(plan.pipelines):
@@ -93,54 +96,3 @@ def simulate(plan: Plan, cost: PlanCost) -> Timeline:
     return Timeline(
         tuple(sorted(events, key=lambda e: (e.start_s, e.pipeline, e.stage))), step_s, bubble
     )
-
-
-def _play(
-    pipeline: Pipeline, times: list[tuple[float, float]], arrive_s: list[float]
-) -> list[tuple[int, Action, float, float]]:
-    """(stage, action, start, end) of a pipeline's step; arrive_s[s] from stage s - 1 to s."""
-    depth, count = len(pipeline.stages), pipeline.num_microbatches
-    queues = [list(actions(pipeline.schedule, depth, s, count)) for s in range(depth)]
-    done: dict[tuple[str, int, int], float] = {}
-    free = [0.0] * depth
-    out: list[tuple[int, Action, float, float]] = []
-    position = [0] * depth
-    waiting = sum(map(len, queues))
-    while waiting:
-        progressed = False
-        for stage in range(depth):
-            while position[stage] < len(queues[stage]):
-                action = queues[stage][position[stage]]
-                ready = _ready(action, stage, depth, done, arrive_s)
-                if ready is None:
-                    break
-                start_s = max(free[stage], ready)
-                end_s = start_s + times[stage][0 if action.kind == "forward" else 1]
-                free[stage] = end_s
-                done[action.kind, stage, action.microbatch] = end_s
-                out.append((stage, action, start_s, end_s))
-                position[stage] += 1
-                waiting -= 1
-                progressed = True
-        assert progressed, "a schedule waits for itself"
-    return out
-
-
-def _ready(
-    action: Action,
-    stage: int,
-    depth: int,
-    done: dict[tuple[str, int, int], float],
-    arrive_s: list[float],
-) -> float | None:
-    """When an action's input is there; None if what makes it has not run."""
-    if action.kind == "forward":
-        if stage == 0:
-            return 0.0
-        before = done.get(("forward", stage - 1, action.microbatch))
-        return None if before is None else before + arrive_s[stage]
-    own = done.get(("forward", stage, action.microbatch))
-    if own is None or stage == depth - 1:
-        return own
-    after = done.get(("backward", stage + 1, action.microbatch))
-    return None if after is None else after + arrive_s[stage + 1]

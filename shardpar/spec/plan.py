@@ -15,7 +15,7 @@ from shardpar.errors import PlanError
 from shardpar.spec.mesh import Axes, Mesh
 
 Recompute = Literal["none", "selective", "full"]
-Schedule = Literal["1f1b", "gpipe"]
+Schedule = Literal["1f1b", "gpipe", "interleaved"]
 Attention = Literal["gather", "heads"]
 
 TENSOR_DIMS = ("vocab", "mlp", "heads", "kv_heads", "expert")
@@ -131,7 +131,8 @@ class Pipeline:
     Attributes:
       sequences: sequences of the global batch this pipeline trains on.
       microbatch: sequences in one micro-batch, over all the first stage's data shards.
-      schedule: order of forwards and backwards.
+      schedule: order of forwards and backwards; where it is interleaved, each group of devices
+        holds several stages: stage s is on the devices of stage s - groups.
       stages: in model order.
     """
 
@@ -152,14 +153,49 @@ class Pipeline:
                 f"of {self.microbatch}; use a divisor of {self.sequences}"
             )
         if self.schedule not in get_args(Schedule):
-            raise PlanError(f"schedule is {self.schedule!r}; write 1f1b or gpipe")
+            raise PlanError(f"schedule is {self.schedule!r}; write 1f1b, gpipe or interleaved")
         if not self.stages:
             raise PlanError("a pipeline has no stages")
+        if self.schedule == "interleaved":
+            self._check_interleaved()
+
+    def _check_interleaved(self) -> None:
+        groups = self.num_groups
+        cycle = [s.devices for s in self.stages[:groups]] * self.chunks
+        if self.chunks < 2 or cycle != [s.devices for s in self.stages]:
+            raise PlanError(
+                f"an interleaved pipeline has {len(self.stages)} stages on {groups} groups of "
+                f"devices; let stage s be on the devices of stage s - {groups}, at least twice "
+                "around, or write schedule: 1f1b"
+            )
+        for number, stage in enumerate(self.stages[groups:]):
+            if stage.mesh != self.stages[number % groups].mesh:
+                raise PlanError(
+                    f"the stages on devices {list(stage.devices)} have meshes "
+                    f"{self.stages[number % groups].mesh} and {stage.mesh}; give them one mesh"
+                )
+        if self.num_microbatches % groups:
+            raise PlanError(
+                f"an interleaved pipeline on {groups} groups of devices has "
+                f"{self.num_microbatches} micro-batches; use a multiple of {groups}"
+            )
 
     @property
     def num_microbatches(self) -> int:
         """How many micro-batches one step has."""
         return self.sequences // self.microbatch
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups of devices the stages are on: as many as stages, if not interleaved."""
+        if self.schedule != "interleaved":
+            return len(self.stages)
+        return len({stage.devices for stage in self.stages})
+
+    @property
+    def chunks(self) -> int:
+        """How many stages each group holds."""
+        return len(self.stages) // self.num_groups
 
 
 @dataclass(frozen=True)
@@ -206,7 +242,7 @@ class Plan:
                 f"the pipelines take {' + '.join(map(str, shares))} = {sum(shares)} "
                 f"sequences, but global_batch is {self.global_batch}"
             )
-        devices = [d for p in self.pipelines for s in p.stages for d in s.devices]
+        devices = self.devices
         if len(set(devices)) != len(devices):
             twice = sorted({d for d in devices if devices.count(d) > 1})
             raise PlanError(f"devices {twice} belong to more than one stage")
@@ -214,4 +250,4 @@ class Plan:
     @property
     def devices(self) -> tuple[int, ...]:
         """All devices the plan uses, in stage order."""
-        return tuple(d for p in self.pipelines for s in p.stages for d in s.devices)
+        return tuple(d for p in self.pipelines for s in p.stages[: p.num_groups] for d in s.devices)

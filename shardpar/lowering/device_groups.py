@@ -1,0 +1,203 @@
+"""What a group of devices does once a step: its weights before the micro-batches, its update after.
+
+A group holds one stage of a pipeline, or several where the schedule is interleaved. Each
+parameter is held once per group, whichever of its stages read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from shardpar.capture.segments import Segments
+from shardpar.capture.trace import Captured
+from shardpar.lowering.options import ProgramOptions
+from shardpar.lowering.shardings import constrain, replicated
+from shardpar.lowering.stage_programs import Arrays, StagePrograms
+from shardpar.lowering.stages import StageLayouts
+from shardpar.lowering.state import TrainState, gradient_sharding, shardings_of
+from shardpar.lowering.update import updated
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The micro-batches of a step: how many come before this pipeline's, and how many in all."""
+
+    before: int
+    all: int
+
+
+class GroupPrograms:
+    """The stages of one group and the programs they share.
+
+    Attributes:
+      pipeline, number: which group of which pipeline.
+      mesh, devices: where it is; the devices as numbers of the cluster.
+      stages: its stages' programs, by the stage's number.
+      names: the parameters it holds.
+      shapes: its part of the state, with shardings.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        optimizer: optax.GradientTransformation,
+        options: ProgramOptions,
+        pipeline: int,
+        number: int,
+        layouts: Mapping[int, StageLayouts],
+        cut: Segments,
+        min_run: int,
+        counted: Counted,
+    ) -> None:
+        """Gathers what the group's stages read.
+
+        Args:
+          captured: the model.
+          optimizer: any optax rule that updates each parameter from itself alone.
+          options: dtype, loops, clipping.
+          pipeline: the pipeline's number.
+          number: the group's, in the pipeline.
+          layouts: of its stages, by their numbers.
+          cut: the program in segments, for the pipeline's micro-batches.
+          min_run: chains of at least so many equal layers become one loop.
+          counted: the step's micro-batches.
+        """
+        self.captured, self.optimizer, self.options = captured, optimizer, options
+        self.pipeline, self.number, self.cut, self.counted = pipeline, number, cut, counted
+        first = next(iter(layouts.values()))
+        self.layouts, self.mesh, self.devices = first, first.mesh, first.stage.devices
+        self.stages = {
+            s: StagePrograms(cut, s, of_stage, min_run, options.compute_dtype)
+            for s, of_stage in layouts.items()
+        }
+        self.whole = replicated(self.mesh)
+        held = {name for s in self.stages for name in cut.stages[s].params}
+        self.names = tuple(name for name in captured.model.params if name in held)
+        local = {name for s in self.stages for name in cut.stages[s].local}
+        self.rest_names = tuple(
+            name for name in captured.model.rest if name in cut.counters or name in local
+        )
+
+    @cached_property
+    def shapes(self) -> TrainState:
+        """ShapeDtypeStructs of the group's part of the state."""
+        model = self.captured.model
+        bare = {name: model.params[name] for name in self.names}
+
+        def on(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+        def place(path: Any, leaf: Any) -> Any:
+            keys = (k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey))
+            name = next(keys, None)
+            if name in bare and leaf.shape == bare[name].shape:
+                return on(leaf, gradient_sharding(name, self.layouts))
+            return on(leaf, self.whole)
+
+        return TrainState(
+            {name: on(leaf, self.layouts.stored(name)) for name, leaf in bare.items()},
+            jax.tree_util.tree_map_with_path(place, jax.eval_shape(self.optimizer.init, bare)),
+            {name: on(model.rest[name], self.whole) for name in self.rest_names},
+            jax.ShapeDtypeStruct((), jnp.int32, sharding=self.whole),
+        )
+
+    def gradient_sharding(self, name: str) -> NamedSharding:
+        """How the gradient of a parameter lies here when the optimizer reads it."""
+        return gradient_sharding(name, self.layouts)
+
+    @cached_property
+    def init(self) -> Callable[[Any], TrainState]:
+        """The group's part of a fresh state, from a uint32 seed; no other part is computed."""
+
+        def init(seed: jax.Array) -> TrainState:
+            params, rest = self.captured.model.create(seed)
+            mine = {name: constrain(params[name], self.layouts.stored(name)) for name in self.names}
+            return TrainState(
+                mine,
+                self.optimizer.init(mine),
+                {name: rest[name] for name in self.rest_names},
+                jnp.int32(0),
+            )
+
+        return jax.jit(init, out_shardings=shardings_of(self.shapes))
+
+    @cached_property
+    def prepare(self) -> Callable[..., Any]:
+        """From parameters to (each stage's weights, zeros to gather gradients in, zero sums)."""
+
+        def prepare(params: Mapping[str, Any]) -> Any:
+            weights = {s: stage.prepare(params) for s, stage in self.stages.items()}
+            zeros = {
+                s: {
+                    key: constrain(jnp.zeros(g.shape, g.dtype), g.sharding)
+                    for key, g in stage.gradient_shapes().items()
+                }
+                for s, stage in self.stages.items()
+            }
+            return weights, zeros, jnp.zeros(2, jnp.float32)
+
+        gathered = {
+            s: {key: g.sharding for key, g in stage.gradient_shapes().items()}
+            for s, stage in self.stages.items()
+        }
+        return jax.jit(prepare, out_shardings=(None, gathered, self.whole))
+
+    def finish(self, counts: Sequence[str]) -> Callable[..., Any]:
+        """From gathered gradients and sums to (gradients by parameter, [loss, weight, squares]).
+
+        Args:
+          counts: the parameters whose squares this group adds.
+        """
+
+        def finish(gathered: Any, stats: Any) -> Any:
+            grads: Arrays = {}
+            for s, stage in self.stages.items():
+                for name, g in stage.gradients(gathered[s]).items():
+                    grads[name] = grads[name] + g if name in grads else g
+            squares = _squares(grads[name] for name in counts)
+            return grads, jnp.concatenate([stats, squares[None]])
+
+        out = {name: gradient_sharding(name, self.layouts) for name in self.names}
+        return jax.jit(finish, out_shardings=(out, self.whole), donate_argnums=0)
+
+    @cached_property
+    def add_squares(self) -> Callable[..., Any]:
+        """Adds the squares of gradients that were summed over groups to [loss, weight, squares]."""
+
+        def add(sums: Any, grads: Mapping[str, Any]) -> Any:
+            return sums.at[2].add(_squares(grads.values()))
+
+        return jax.jit(add, out_shardings=self.whole)
+
+    @cached_property
+    def update(self) -> Callable[..., Any]:
+        """(state, grads, [loss, weight, squares] of all, local variables) to (state, metrics)."""
+
+        def update(state: TrainState, grads: Any, sums: Any, local: Any) -> Any:
+            counters = {name: state.rest[name] for name in self.cut.counters}
+            if counters:
+                counters = jax.lax.fori_loop(
+                    0, self.counted.all, lambda _, c: self.cut.advance(c), counters
+                )
+            total, weight = sums[0], sums[1]
+            norm = jnp.sqrt(sums[2]) / weight
+            return updated(
+                state, grads, {**counters, **local}, total, weight, norm, self.optimizer,
+                self.options,
+            )  # fmt: skip
+
+        return jax.jit(
+            update, out_shardings=(shardings_of(self.shapes), self.whole), donate_argnums=0
+        )
+
+
+def _squares(grads: Any) -> jax.Array:
+    return sum((jnp.sum(jnp.square(g)) for g in grads), jnp.float32(0))

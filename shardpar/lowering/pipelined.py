@@ -1,0 +1,520 @@
+"""A plan of several stages or pipelines becomes many programs and one controller.
+
+Each stage has its own programs on its own devices. The controller dispatches the plan's
+tasks in one order, asynchronously; gradients of what several groups hold are summed as
+reshards from addends to copies, and every update divides by the weight of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from shardpar.capture.cut import CutProgram, cut
+from shardpar.capture.segments import Segments, segments
+from shardpar.capture.trace import Captured
+from shardpar.errors import CaptureError, PlanError
+from shardpar.lowering.device_groups import Counted, GroupPrograms
+from shardpar.lowering.homes import Home, Homes
+from shardpar.lowering.meshes import jax_mesh
+from shardpar.lowering.options import ProgramOptions
+from shardpar.lowering.separable import require_separable
+from shardpar.lowering.stage_programs import StagePrograms
+from shardpar.lowering.stages import StageLayouts
+from shardpar.lowering.state import TrainState
+from shardpar.lowering.transfer import Transfer
+from shardpar.lowering.wires import Wire
+from shardpar.spec.check import check
+from shardpar.spec.plan import LayerStrategy, Plan
+from shardpar.spec.reshard import Tensor, fuse
+from shardpar.spec.schedule import Task, tasks
+from shardpar.spec.select import strategies
+
+SHORTEST_LOOP = {"scan": 2, "auto": 8, "unroll": 1 << 30}
+"""Chains of at least so many equal layers become a loop, by the option `layers`."""
+
+
+class PipelinedProgram:
+    """A plan of several groups of devices, lowered.
+
+    Attributes:
+      captured, plan, options: what it was made from.
+      groups: the programs of each group of devices.
+      order: the tasks of a step, as they are dispatched.
+      homes: which groups hold each array of the state.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        plan: Plan,
+        optimizer: optax.GradientTransformation,
+        options: ProgramOptions = ProgramOptions(),
+        devices: Sequence[jax.Device] | None = None,
+    ) -> None:
+        """Checks the plan and cuts the model into its stages; nothing is compiled yet.
+
+        Args:
+          captured: from `capture.trace`.
+          plan: from the planner, a file, or a person.
+          optimizer: an optax rule that updates each parameter from itself alone.
+          options: dtype, loops, clipping.
+          devices: the cluster's devices in plan order; None takes `jax.devices()`.
+
+        Raises:
+          PlanError: the plan does not fit the model or the devices, or the optimizer
+            couples parameters.
+        """
+        check(plan, captured.graph)
+        require_separable(optimizer, captured.model.params)
+        self.captured, self.plan, self.options = captured, plan, options
+        self.optimizer = optimizer
+        self.devices = tuple(jax.devices() if devices is None else devices)
+        self.order = tasks(plan.pipelines)
+        self.groups: list[GroupPrograms] = []
+        self._of_stage: dict[tuple[int, int], GroupPrograms] = {}
+        counts = [p.num_microbatches for p in plan.pipelines]
+        self._before = [sum(counts[:n]) for n in range(len(counts))]
+        self._cuts = [self._cut(number) for number in range(len(plan.pipelines))]
+        for number in range(len(plan.pipelines)):
+            self._add_pipeline(number, Counted(self._before[number], sum(counts)))
+        self._refuse_separate_variables()
+        self.homes = Homes(self._whole_shapes(), [g.shapes for g in self.groups], self.devices)
+
+    def _traced(self, number: int, training: bool) -> CutProgram:
+        pipeline = self.plan.pipelines[number]
+        microbatch = {
+            name: jax.ShapeDtypeStruct((pipeline.microbatch, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in self.captured.batch.items()
+        }
+        return cut(
+            self.captured.model,
+            self.captured.loss,
+            microbatch,
+            compute_dtype=self.options.compute_dtype,
+            training=training,
+        )
+
+    def _cut(self, number: int, training: bool = True) -> Segments:
+        pipeline = self.plan.pipelines[number]
+        stage_of = {
+            layer: s
+            for s, stage in enumerate(pipeline.stages)
+            for layer in strategies(stage, self.captured.graph)
+        }
+        return segments(self._traced(number, training), stage_of)
+
+    def _add_pipeline(self, number: int, counted: Counted) -> None:
+        pipeline, cut_ = self.plan.pipelines[number], self._cuts[number]
+        shortest = SHORTEST_LOOP[self.options.layers]
+        for g in range(pipeline.num_groups):
+            layouts = self._layouts(number, range(g, len(pipeline.stages), pipeline.num_groups))
+            group = GroupPrograms(
+                self.captured, self.optimizer, self.options, number, g, layouts, cut_, shortest,
+                counted,
+            )  # fmt: skip
+            self.groups.append(group)
+            self._of_stage.update({(number, s): group for s in layouts})
+
+    def _layouts(self, number: int, numbers: Sequence[int]) -> dict[int, StageLayouts]:
+        """The layouts of the stages of one group; a parameter lies the same for all of them."""
+        graph, pipeline = self.captured.graph, self.plan.pipelines[number]
+        mesh = jax_mesh(pipeline.stages[numbers[0]], self.devices)
+        chosen = {s: strategies(pipeline.stages[s], graph) for s in numbers}
+        held = {name for s in numbers for name in self._cuts[number].stages[s].params}
+        owners = _owners(self.captured, self._cuts[number].program, held, chosen)
+        return {
+            s: StageLayouts(
+                graph, pipeline.stages[s], mesh, chosen[s], owners, self.plan.tensor_dims
+            )
+            for s in numbers
+        }
+
+    def _refuse_separate_variables(self) -> None:
+        if len(self.plan.pipelines) == 1:
+            return
+        for cut_ in self._cuts:
+            for segment in cut_.stages:
+                if segment.local:
+                    raise PlanError(
+                        f"the model's variable {segment.local[0]} changes with the data, as batch "
+                        "statistics do, and each of several pipelines would have its own; use a "
+                        "plan of one pipeline"
+                    )
+
+    def _whole_shapes(self) -> TrainState:
+        model = self.captured.model
+        return TrainState(
+            dict(model.params),
+            jax.eval_shape(self.optimizer.init, dict(model.params)),
+            dict(model.rest),
+            jax.ShapeDtypeStruct((), np.int32),
+        )
+
+    def group_of(self, task: Task) -> GroupPrograms:
+        """The programs of the group that does a task."""
+        return self._of_stage[task.pipeline, task.stage]
+
+    def counted_before(self, task: Task) -> np.int32:
+        """How many micro-batches of the step come before a task's."""
+        return np.int32(self._before[task.pipeline] + task.microbatch)
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline that evaluates: the first."""
+        return self.plan.pipelines[0]
+
+    def init(self, seed: int = 0) -> TrainState:
+        """A fresh state: every leaf an array over the groups that hold it.
+
+        The values depend on the seed only, not on the plan or the number of devices.
+        """
+        return self.homes.joined([group.init(np.uint32(seed)) for group in self.groups])
+
+    def place(self, batch: Mapping[str, Any]) -> list[list[dict[int, dict[str, jax.Array]]]]:
+        """Puts each pipeline's micro-batches on the devices of the stages that read them.
+
+        Args:
+          batch: arrays whose dim 0 is the plan's global batch; pipelines take their sequences
+            in the plan's order.
+
+        Returns:
+          By pipeline and micro-batch, the arrays of each stage.
+
+        Raises:
+          CaptureError: an array is missing.
+          PlanError: its shape is not what the plan expects.
+        """
+        require_batch(batch, self.captured.batch, self.plan.global_batch)
+        values, targets, places = [], [], []
+        start = 0
+        out: list[list[dict[int, dict[str, jax.Array]]]] = []
+        for number, pipeline in enumerate(self.plan.pipelines):
+            out.append([])
+            for m in range(pipeline.num_microbatches):
+                rows = slice(start, start + pipeline.microbatch)
+                start += pipeline.microbatch
+                out[-1].append({})
+                for s in range(len(pipeline.stages)):
+                    out[-1][m][s] = {}
+                    for name, shape in self._of_stage[number, s].stages[s].batch.items():
+                        values.append(batch[name][rows])
+                        targets.append(shape.sharding)
+                        places.append((number, m, s, name))
+        for (number, m, s, name), array in zip(
+            places, jax.device_put(values, targets), strict=True
+        ):
+            out[number][m][s][name] = array
+        return out
+
+    def step(
+        self, state: TrainState, batch: Mapping[str, Any]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step; the old state is donated and must not be used again.
+
+        Args:
+          state: from `init`, `step` or a checkpoint.
+          batch: arrays whose dim 0 is the plan's global batch.
+
+        Returns:
+          The new state, and scalars: `loss` (mean over the weight), `weight`,
+          `grad_norm` (before clipping), `skipped` (1 when a gradient was not
+          finite and the state was left as it was).
+        """
+        parts = self.homes.split(state)
+        run = _Step(self, parts, self.place(batch))
+        for task in self.order:
+            run.do(task)
+        return self._finished(parts, run)
+
+    def _finished(
+        self, parts: list[TrainState], run: _Step
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        grads, sums = [], []
+        for finish, gathered, stats in zip(self._finish, run.gathered, run.stats, strict=True):
+            g, s = finish(gathered, stats)
+            grads.append(g)
+            sums.append(s)
+        if self._shared:
+            self._sum_shared(grads, sums)
+        sums = self._sum_up(sums)
+        metrics: dict[str, jax.Array] = {}
+        after = []
+        for n, group in enumerate(self.groups):
+            new, found = group.update(parts[n], grads[n], sums[n], run.local[n])
+            after.append(new)
+            metrics = metrics or found
+        return self.homes.joined(after), metrics
+
+    @cached_property
+    def _shared(self) -> dict[str, Home]:
+        """Parameters that several groups hold, with the home of their gradients."""
+        out = {}
+        for name in self.captured.model.params:
+            holders = [n for n, g in enumerate(self.groups) if name in g.names]
+            if len(holders) > 1:
+                shapes = tuple(
+                    jax.ShapeDtypeStruct(
+                        self.captured.model.params[name].shape,
+                        np.float32,
+                        sharding=self.groups[n].gradient_sharding(name),
+                    )
+                    for n in holders
+                )
+                out[name] = Home.of(tuple(holders), shapes, self.devices)
+        return out
+
+    @cached_property
+    def _finish(self) -> list[Any]:
+        return [g.finish([name for name in g.names if name not in self._shared])
+                for g in self.groups]  # fmt: skip
+
+    @cached_property
+    def _summing(self) -> Transfer:
+        tensors = [
+            Tensor(home.across("partial"), home.layout, tuple(home.shapes[0].shape), 4)
+            for home in self._shared.values()
+        ]
+        return Transfer(fuse(tensors), [np.dtype(np.float32)] * len(tensors), self.devices)
+
+    def _sum_shared(self, grads: list[dict[str, Any]], sums: list[Any]) -> None:
+        """Sums what several groups hold the gradient of: a reshard from addends to copies."""
+        unions = [
+            home.union([grads[n][name] for n in home.groups], "partial")
+            for name, home in self._shared.items()
+        ]
+        for (name, home), union in zip(
+            self._shared.items(), self._summing(unions, donate=True), strict=True
+        ):
+            for n, array in zip(home.groups, home.settled(union).arrays, strict=True):
+                grads[n][name] = array
+        for n, group in enumerate(self.groups):
+            mine = {
+                name: grads[n][name] for name, home in self._shared.items() if home.groups[0] == n
+            }
+            if mine:
+                sums[n] = group.add_squares(sums[n], mine)
+
+    @cached_property
+    def _everywhere(self) -> tuple[Home, Transfer] | None:
+        if len(self.groups) == 1:
+            return None
+        shapes = tuple(
+            jax.ShapeDtypeStruct((3,), np.float32, sharding=g.whole) for g in self.groups
+        )
+        home = Home.of(tuple(range(len(self.groups))), shapes, self.devices)
+        tensor = Tensor(home.across("partial"), home.layout, (3,), 4)
+        return home, Transfer(fuse([tensor]), [np.dtype(np.float32)], self.devices)
+
+    def _sum_up(self, sums: list[Any]) -> list[Any]:
+        """[loss, weight, squares] of the whole batch, on every group."""
+        if self._everywhere is None:
+            return sums
+        home, transfer = self._everywhere
+        (union,) = transfer([home.union(sums, "partial")], donate=True)
+        return list(home.settled(union).arrays)
+
+    @cached_property
+    def routes(self) -> dict[tuple[int, int], list[Route]]:
+        """Where each stage of each pipeline sends what it makes."""
+        out: dict[tuple[int, int], list[Route]] = {at: [] for at in self._of_stage}
+        for (number, s), group in self._of_stage.items():
+            stage = group.stages[s]
+            for sender in sorted({t for t, _ in stage.segment.received}):
+                sending = self._of_stage[number, sender].stages[sender]
+                puts = [i for i, (t, _) in enumerate(stage.segment.received) if t == sender]
+                takes = [sending.segment.sent.index(stage.segment.received[i][1]) for i in puts]
+                wire = Wire(
+                    [sending.sent[j] for j in takes],
+                    [stage.received[i] for i in puts],
+                    self.devices,
+                )
+                out[number, sender].append(Route(s, tuple(takes), tuple(puts), wire))
+        return out
+
+    @cached_property
+    def routes_back(self) -> dict[tuple[int, int], list[Route]]:
+        """Where each stage sends the gradients of what it received: back where it came from."""
+        out: dict[tuple[int, int], list[Route]] = {at: [] for at in self._of_stage}
+        for (number, sender), routes in self.routes.items():
+            for route in routes:
+                flows = self._of_stage[number, route.to].stages[route.to].gives_back()
+                pairs = [(i, j) for i, j in zip(route.puts, route.takes, strict=True) if i in flows]
+                if not pairs:
+                    continue
+                reader = self._of_stage[number, route.to].stages[route.to]
+                maker = self._of_stage[number, sender].stages[sender]
+                wire = Wire(
+                    [reader.received[i] for i, _ in pairs],
+                    [maker.sent[j] for _, j in pairs],
+                    self.devices,
+                )
+                takes = tuple(flows.index(i) for i, _ in pairs)
+                out[number, route.to].append(Route(sender, takes, tuple(j for _, j in pairs), wire))
+        return out
+
+    def evaluate(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
+        """(loss sum, weight) of one micro-batch of the first pipeline, in Flax's eval mode."""
+        require_batch(batch, self.captured.batch, self.pipeline.microbatch)
+        parts = self.homes.split(state)
+        arrived: dict[tuple[int, Any], jax.Array] = {}
+        sums: list[jax.Array] = []
+        for s, stage in self._evaluating.items():
+            group = self._of_stage[0, s]
+            part = parts[self.groups.index(group)]
+            given = jax.device_put(
+                {name: batch[name] for name in stage.batch},
+                {name: shape.sharding for name, shape in stage.batch.items()},
+            )
+            received = [
+                rehomed_across(arrived[v], shape, self.devices)
+                for (_, v), shape in zip(stage.segment.received, stage.received, strict=True)
+            ]
+            weights = self._evaluation_weights[s](part.params)
+            sent, of_stage = stage.evaluate(weights, part.rest, given, received)
+            arrived.update(zip(stage.segment.sent, sent, strict=True))
+            sums.append(of_stage)
+        total = np.sum([np.asarray(x) for x in sums], axis=0)
+        return total[0], total[1]
+
+    @cached_property
+    def _evaluating(self) -> dict[int, StagePrograms]:
+        cut_ = self._cut(0, training=False)
+        shortest = SHORTEST_LOOP[self.options.layers]
+        return {
+            s: StagePrograms(
+                cut_, s, self._of_stage[0, s].stages[s].layouts, shortest,
+                self.options.compute_dtype,
+            )
+            for s in range(len(self.pipeline.stages))
+        }  # fmt: skip
+
+    @cached_property
+    def _evaluation_weights(self) -> dict[int, Any]:
+        return {s: jax.jit(stage.prepare) for s, stage in self._evaluating.items()}
+
+
+@dataclass(frozen=True)
+class Route:
+    """From one stage to another: which arrays to take, and which of the other's they are."""
+
+    to: int
+    takes: tuple[int, ...]
+    puts: tuple[int, ...]
+    wire: Wire
+
+
+class _Step:
+    """One step under way: what has arrived where, and what waits for its backward."""
+
+    def __init__(self, program: PipelinedProgram, parts: list[TrainState], batches: Any) -> None:
+        self.program, self.batches = program, batches
+        self.weights, self.gathered, self.stats, self.local, self.counters = [], [], [], [], []
+        for group, part in zip(program.groups, parts, strict=True):
+            weights, zeros, stats = group.prepare(part.params)
+            self.weights.append(weights)
+            self.gathered.append(zeros)
+            self.stats.append(stats)
+            self.counters.append({name: part.rest[name] for name in group.cut.counters})
+            self.local.append({n: x for n, x in part.rest.items() if n not in group.cut.counters})
+        self.number = {id(group): n for n, group in enumerate(program.groups)}
+        self.arrived: dict[tuple[int, int, int], dict[int, jax.Array]] = {}
+        self.returned: dict[tuple[int, int, int], dict[int, jax.Array]] = {}
+        self.saved: dict[tuple[int, int, int], list[Any]] = {}
+
+    def do(self, task: Task) -> None:
+        """Dispatches one task and sends on what it makes."""
+        group = self.program.group_of(task)
+        stage, n = group.stages[task.stage], self.number[id(group)]
+        if task.kind == "forward":
+            self._forward(task, stage, n)
+        else:
+            self._backward(task, stage, n)
+
+    def _forward(self, task: Task, stage: StagePrograms, n: int) -> None:
+        at = task.pipeline, task.stage, task.microbatch
+        came = self.arrived.pop(at, {})
+        received = [came[i] for i in range(len(stage.received))]
+        batch = self.batches[task.pipeline][task.microbatch][task.stage]
+        local = {name: self.local[n][name] for name in stage.segment.local}
+        k = self.program.counted_before(task)
+        sent, self.stats[n], after, kept = stage.forward(
+            self.weights[n][task.stage], self.counters[n], local, k, batch, received, self.stats[n]
+        )
+        self.local[n].update(after)
+        self.saved[at] = stage.saved_of(batch, received, sent, kept)
+        for route in self.program.routes[task.pipeline, task.stage]:
+            moved = route.wire([sent[j] for j in route.takes])
+            there = self.arrived.setdefault((task.pipeline, route.to, task.microbatch), {})
+            there.update(zip(route.puts, moved, strict=True))
+
+    def _backward(self, task: Task, stage: StagePrograms, n: int) -> None:
+        at = task.pipeline, task.stage, task.microbatch
+        came = self.returned.pop(at, {})
+        cotangents = [came[j] for j in stage.takes_back()]
+        self.gathered[n][task.stage], back = stage.backward(
+            self.weights[n][task.stage], self.saved.pop(at), cotangents,
+            self.gathered[n][task.stage],
+        )  # fmt: skip
+        for route in self.program.routes_back[task.pipeline, task.stage]:
+            moved = route.wire([back[i] for i in route.takes])
+            there = self.returned.setdefault((task.pipeline, route.to, task.microbatch), {})
+            for j, x in zip(route.puts, moved, strict=True):
+                there[j] = there[j] + x if j in there else x
+
+
+def require_batch(batch: Mapping[str, Any], shapes: Mapping[str, Any], sequences: int) -> None:
+    """Refuses a batch that is not what a program was made for.
+
+    Raises:
+      CaptureError: an array is missing.
+      PlanError: an array has another shape.
+    """
+    for name, spec in shapes.items():
+        if name not in batch:
+            raise CaptureError(f'the batch has no "{name}"; it has {", ".join(batch)}')
+        want = (sequences, *spec.shape[1:])
+        if tuple(batch[name].shape) != want:
+            raise PlanError(
+                f'batch["{name}"] has shape {tuple(batch[name].shape)}; this program was made for '
+                f"{want}"
+            )
+
+
+def rehomed_across(
+    array: jax.Array, shape: jax.ShapeDtypeStruct, devices: Sequence[jax.Device]
+) -> jax.Array:
+    """An array moved from one stage to another."""
+    come = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+    return Wire([come], [shape], devices)([array])[0]
+
+
+def _owners(
+    captured: Captured,
+    program: CutProgram,
+    held: set[str],
+    chosen: Mapping[int, Mapping[str, LayerStrategy]],
+) -> dict[str, Any]:
+    """The Parameter and the strategy of each that a group holds: its own layer's, or a reader's."""
+    by_layer = {layer: s for of_stage in chosen.values() for layer, s in of_stage.items()}
+    readers = {
+        name: call.name
+        for call in reversed(program.calls)
+        if call.name in by_layer
+        for name in call.parameters
+        if name is not None
+    }
+    out = {}
+    for name, layer, parameter in captured.graph.parameters:
+        if name not in held:
+            continue
+        strategy = by_layer.get(layer.name) or by_layer.get(readers.get(name, ""))
+        # Read between layers only, far from where its own layer is: a copy on each device.
+        out[name] = (parameter, strategy or LayerStrategy("outside"))
+    return out
