@@ -32,7 +32,8 @@ from shardpar.config.schema import RunConfig
 from shardpar.errors import ConfigError, UserError
 from shardpar.lowering.collectives import collectives
 from shardpar.lowering.devices import local_cluster, use_virtual_devices
-from shardpar.lowering.program import Program
+from shardpar.lowering.lower import AnyProgram
+from shardpar.lowering.lower import lower as lower_plan
 from shardpar.lowering.target import Target, prepare_environment, single, target_of
 from shardpar.planner.cost import PlanCost, plan_cost
 from shardpar.planner.search import SearchResult, memory_limit
@@ -120,7 +121,7 @@ def capture_aloud(config: RunConfig, device: Any = None) -> Captured:
 
 
 def make_plan(
-    config: RunConfig, captured: Captured, cluster: Cluster | None, *, runs_here: bool = False
+    config: RunConfig, captured: Captured, cluster: Cluster | None, *, one_stage: bool = False
 ) -> Planned:
     """Reads the config's plan file, or searches.
 
@@ -128,7 +129,7 @@ def make_plan(
       config: its section `plan` pins choices or names a file.
       captured: the model.
       cluster: the machines; None takes the devices at hand.
-      runs_here: the plan is to be lowered by this version, which runs one stage.
+      one_stage: the plan is to be compiled as one program, which has one stage.
     """
     machines = cluster or local_cluster()
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -136,8 +137,8 @@ def make_plan(
     limit = memory_limit(machines, config.plan)
     if config.plan.file is None:
         options = config.plan
-        if cluster is None or runs_here:
-            options = compilation.runnable(options)
+        if one_stage and options.stages is None:
+            options = replace(options, stages=1)
         found = compilation.planned(captured.graph, machines, work, options)
         return Planned(
             captured,
@@ -160,10 +161,10 @@ def make_plan(
     return Planned(captured, plan, cost, machines, work, None, limit, config.plan.memory_fraction)
 
 
-def lower(config: RunConfig, planned: Planned) -> Program:
+def lower(config: RunConfig, planned: Planned) -> AnyProgram:
     """The program of a planned config."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    return Program(planned.captured, planned.plan, optimizer, config.program)
+    return lower_plan(planned.captured, planned.plan, optimizer, config.program)
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def plan(
     else:
         use_devices(devices)
         captured = capture_aloud(config)
-    planned = make_plan(config, captured, cluster, runs_here=verify)
+    planned = make_plan(config, captured, cluster, one_stage=verify)
     if out:
         write_text(Path(out), plan_to_text(planned.plan))
     timeline = simulate(planned.plan, planned.cost)
@@ -249,7 +250,7 @@ def _verify(
     config: RunConfig, captured: Captured, cluster: Cluster, target: Target
 ) -> tuple[RunConfig, Attempt]:
     def make(config: RunConfig) -> tuple[Plan, PlanCost]:
-        planned = make_plan(config, captured, cluster, runs_here=True)
+        planned = make_plan(config, captured, cluster, one_stage=True)
         return planned.plan, planned.cost
 
     with Progress() as progress, progress.phase(f"compiling for {target}"):
@@ -284,7 +285,7 @@ def explain(
         else:
             screen.print(graph_table(captured.graph))
         return
-    planned = make_plan(config, captured, cluster, runs_here=shardings or stop_after == "program")
+    planned = make_plan(config, captured, cluster, one_stage=stop_after == "program")
     if shardings:
         screen.print(shardings_view(planned.plan, captured.graph))
         return

@@ -33,7 +33,7 @@ from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import RunConfig
 from shardpar.errors import ConfigError, RunError, UserError
 from shardpar.lowering.devices import local_cluster
-from shardpar.lowering.program import Program
+from shardpar.lowering.lower import AnyProgram
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
 from shardpar.run.durable import write_atomically
@@ -288,7 +288,7 @@ def _introduce(
 
 
 def _sample(
-    config: RunConfig, program: Program, outcome: Outcome, data: TextData, progress: Progress
+    config: RunConfig, program: AnyProgram, outcome: Outcome, data: TextData, progress: Progress
 ) -> str | None:
     if config.train.sample_prompt is None or outcome.stopped:
         return None
@@ -296,8 +296,7 @@ def _sample(
         with progress.phase("writing a sample"):
             ids = sample_tokens(
                 program.captured.model,
-                outcome.state.params,
-                outcome.state.rest,
+                *program.together(outcome.state),
                 data.tokenizer.encode(config.train.sample_prompt),
                 tokens=config.train.sample_tokens,
                 window=config.data.sequence_length,

@@ -6,7 +6,7 @@ parameter is held once per group, whichever of its stages read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from shardpar.capture.segments import Segments
 from shardpar.capture.trace import Captured
 from shardpar.lowering.options import ProgramOptions
+from shardpar.lowering.ready import Ready
 from shardpar.lowering.shardings import constrain, replicated
 from shardpar.lowering.stage_programs import Arrays, StagePrograms
 from shardpar.lowering.stages import StageLayouts
@@ -130,7 +131,7 @@ class GroupPrograms:
         return jax.jit(init, out_shardings=shardings_of(self.shapes))
 
     @cached_property
-    def prepare(self) -> Callable[..., Any]:
+    def prepare(self) -> Ready:
         """From parameters to (each stage's weights, zeros to gather gradients in, zero sums)."""
 
         def prepare(params: Mapping[str, Any]) -> Any:
@@ -144,13 +145,35 @@ class GroupPrograms:
             }
             return weights, zeros, jnp.zeros(2, jnp.float32)
 
-        gathered = {
-            s: {key: g.sharding for key, g in stage.gradient_shapes().items()}
-            for s, stage in self.stages.items()
-        }
-        return jax.jit(prepare, out_shardings=(None, gathered, self.whole))
+        weights, gathered = (
+            jax.tree.map(lambda x: x.sharding, shapes)
+            for shapes in (self._weight_shapes, self._gathered_shapes)
+        )
+        jitted = jax.jit(prepare, out_shardings=(weights, gathered, self.whole))
+        return Ready(jitted, self.shapes.params)
 
-    def finish(self, counts: Sequence[str]) -> Callable[..., Any]:
+    @property
+    def _weight_shapes(self) -> Any:
+        return {s: stage.weight_shapes for s, stage in self.stages.items()}
+
+    @property
+    def _gathered_shapes(self) -> Any:
+        return {s: stage.gradient_shapes() for s, stage in self.stages.items()}
+
+    def _scalars(self, count: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count,), jnp.float32, sharding=self.whole)
+
+    def _gradient_shapes(self, names: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            name: jax.ShapeDtypeStruct(
+                self.captured.model.params[name].shape,
+                jnp.float32,
+                sharding=self.gradient_sharding(name),
+            )
+            for name in names
+        }
+
+    def finish(self, counts: Sequence[str]) -> Ready:
         """From gathered gradients and sums to (gradients by parameter, [loss, weight, squares]).
 
         Args:
@@ -166,19 +189,24 @@ class GroupPrograms:
             return grads, jnp.concatenate([stats, squares[None]])
 
         out = {name: gradient_sharding(name, self.layouts) for name in self.names}
-        return jax.jit(finish, out_shardings=(out, self.whole), donate_argnums=0)
+        jitted = jax.jit(finish, out_shardings=(out, self.whole))
+        return Ready(jitted, self._gathered_shapes, self._scalars(2))
 
-    @cached_property
-    def add_squares(self) -> Callable[..., Any]:
-        """Adds the squares of gradients that were summed over groups to [loss, weight, squares]."""
+    def add_squares(self, counts: Sequence[str]) -> Ready:
+        """Adds the squares of gradients that were summed over groups to [loss, weight, squares].
+
+        Args:
+          counts: the parameters whose squares this group adds.
+        """
 
         def add(sums: Any, grads: Mapping[str, Any]) -> Any:
             return sums.at[2].add(_squares(grads.values()))
 
-        return jax.jit(add, out_shardings=self.whole)
+        jitted = jax.jit(add, out_shardings=self.whole)
+        return Ready(jitted, self._scalars(3), self._gradient_shapes(counts))
 
     @cached_property
-    def update(self) -> Callable[..., Any]:
+    def update(self) -> Ready:
         """(state, grads, [loss, weight, squares] of all, local variables) to (state, metrics)."""
 
         def update(state: TrainState, grads: Any, sums: Any, local: Any) -> Any:
@@ -194,9 +222,12 @@ class GroupPrograms:
                 self.options,
             )  # fmt: skip
 
-        return jax.jit(
+        jitted = jax.jit(
             update, out_shardings=(shardings_of(self.shapes), self.whole), donate_argnums=0
         )
+        local = {n: s for n, s in self.shapes.rest.items() if n not in self.cut.counters}
+        grads = self._gradient_shapes(self.names)
+        return Ready(jitted, self.shapes, grads, self._scalars(3), local)
 
 
 def _squares(grads: Any) -> jax.Array:

@@ -14,9 +14,11 @@ import jax
 
 from shardpar.lowering.shardings import group_of
 from shardpar.lowering.state import TrainState
+from shardpar.lowering.transfer import Transfer
 from shardpar.lowering.union import UnionArray
 from shardpar.lowering.wires import rehomed
 from shardpar.spec.layout import Across, Layout
+from shardpar.spec.reshard import Tensor, fuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +114,18 @@ class Homes:
             for mine, paths, structure in zip(held, self._part_paths, self._structures, strict=True)
         ]
 
+    def moved(self, arrays: Mapping[str, UnionArray], devices: Sequence[jax.Device]) -> TrainState:
+        """A whole state brought home from wherever its arrays lie, in one fused reshard.
+
+        Args:
+          arrays: by the path of the leaf; their memory is given back.
+          devices: of the cluster, in order.
+        """
+        layouts = {path: self.leaves[path].layout for path in arrays}
+        moved = move(arrays, layouts, devices)
+        settled = {path: self.leaves[path].settled(union) for path, union in moved.items()}
+        return self.tree(settled)  # type: ignore[no-any-return]
+
     def tree(self, leaves: Mapping[str, Any]) -> Any:
         """Leaves by path as a state."""
         return self._whole.unflatten([leaves[path] for path in self._paths])
@@ -120,6 +134,39 @@ class Homes:
         """The leaves of a state by path."""
         leaves = self._whole.flatten_up_to(state)
         return dict(zip(self._paths, leaves, strict=True))
+
+
+def move(
+    arrays: Mapping[str, UnionArray],
+    layouts: Mapping[str, Layout],
+    devices: Sequence[jax.Device],
+    *,
+    donate: bool = True,
+) -> dict[str, UnionArray]:
+    """Brings arrays into layouts in one fused reshard; random keys travel as their bits."""
+    bits = {path: _bits_of(a) if _is_key(a) else a for path, a in arrays.items()}
+    tensors = [
+        Tensor(a.layout, layouts[path], tuple(a.shape), a.dtype.itemsize)
+        for path, a in bits.items()
+    ]
+    transfer = Transfer(fuse(tensors), [a.dtype for a in bits.values()], devices)
+    moved = dict(zip(bits, transfer(list(bits.values()), donate=donate), strict=True))
+    for path, array in arrays.items():
+        if _is_key(array):
+            wrapped = tuple(
+                jax.random.wrap_key_data(x, impl=array.dtype) for x in moved[path].arrays
+            )
+            moved[path] = UnionArray(wrapped, layouts[path], array.shape)
+    return moved
+
+
+def _bits_of(keys: UnionArray) -> UnionArray:
+    bits = tuple(jax.random.key_data(x) for x in keys.arrays)
+    return UnionArray(bits, keys.layout, (*keys.shape, *bits[0].shape[keys.arrays[0].ndim :]))
+
+
+def _is_key(array: UnionArray) -> bool:
+    return bool(jax.numpy.issubdtype(array.dtype, jax.dtypes.prng_key))
 
 
 def _flatten(tree: Any) -> tuple[dict[str, Any], Any]:

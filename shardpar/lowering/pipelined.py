@@ -7,7 +7,9 @@ reshards from addends to copies, and every update divides by the weight of the w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,7 +23,7 @@ from shardpar.capture.segments import Segments, segments
 from shardpar.capture.trace import Captured
 from shardpar.errors import CaptureError, PlanError
 from shardpar.lowering.device_groups import Counted, GroupPrograms
-from shardpar.lowering.homes import Home, Homes
+from shardpar.lowering.homes import Home, Homes, move
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.separable import require_separable
@@ -29,8 +31,10 @@ from shardpar.lowering.stage_programs import StagePrograms
 from shardpar.lowering.stages import StageLayouts
 from shardpar.lowering.state import TrainState
 from shardpar.lowering.transfer import Transfer
+from shardpar.lowering.union import union_array
 from shardpar.lowering.wires import Wire
 from shardpar.spec.check import check
+from shardpar.spec.layout import Group, Layout
 from shardpar.spec.plan import LayerStrategy, Plan
 from shardpar.spec.reshard import Tensor, fuse
 from shardpar.spec.schedule import Task, tasks
@@ -177,6 +181,39 @@ class PipelinedProgram:
         """
         return self.homes.joined([group.init(np.uint32(seed)) for group in self.groups])
 
+    @property
+    def used_devices(self) -> list[jax.Device]:
+        """The devices it runs on."""
+        return [self.devices[d] for d in self.plan.devices]
+
+    @cached_property
+    def saved_shapes(self) -> TrainState:
+        """What a checkpoint of its state holds, and where it is restored to: the first copies."""
+        leaves = {path: home.shapes[0] for path, home in self.homes.leaves.items()}
+        return self.homes.tree(leaves)  # type: ignore[no-any-return]
+
+    def to_saved(self, state: TrainState) -> TrainState:
+        """The state as a checkpoint holds it: one array per leaf, its first copy."""
+        leaves = {path: union.arrays[0] for path, union in self.homes.named(state).items()}
+        return self.homes.tree(leaves)  # type: ignore[no-any-return]
+
+    def from_saved(self, saved: TrainState) -> TrainState:
+        """The state from what a checkpoint was restored to; the copies are made."""
+        arrays = self.homes.named(saved)
+        return self.homes.moved(
+            {path: union_array(array, self.devices) for path, array in arrays.items()},
+            self.devices,
+        )
+
+    def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Parameters and other variables, whole, on the plan's first device: to sample from."""
+        here = Layout((Group((self.plan.devices[0],)),))
+        out = []
+        for part in (state.params, state.rest):
+            moved = move(part, dict.fromkeys(part, here), self.devices, donate=False)
+            out.append({name: union.arrays[0] for name, union in moved.items()})
+        return out[0], out[1]
+
     def place(self, batch: Mapping[str, Any]) -> list[list[dict[int, dict[str, jax.Array]]]]:
         """Puts each pipeline's micro-batches on the devices of the stages that read them.
 
@@ -238,7 +275,7 @@ class PipelinedProgram:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = [], []
         for finish, gathered, stats in zip(self._finish, run.gathered, run.stats, strict=True):
-            g, s = finish(gathered, stats)
+            g, s = finish.call(gathered, stats)
             grads.append(g)
             sums.append(s)
         if self._shared:
@@ -247,7 +284,7 @@ class PipelinedProgram:
         metrics: dict[str, jax.Array] = {}
         after = []
         for n, group in enumerate(self.groups):
-            new, found = group.update(parts[n], grads[n], sums[n], run.local[n])
+            new, found = group.update.call(parts[n], grads[n], sums[n], run.local[n])
             after.append(new)
             metrics = metrics or found
         return self.homes.joined(after), metrics
@@ -294,12 +331,18 @@ class PipelinedProgram:
         ):
             for n, array in zip(home.groups, home.settled(union).arrays, strict=True):
                 grads[n][name] = array
+        for n, (names, add) in self._add_squares.items():
+            sums[n] = add.call(sums[n], {name: grads[n][name] for name in names})
+
+    @cached_property
+    def _add_squares(self) -> dict[int, tuple[list[str], Any]]:
+        """By group, the shared parameters whose squares it counts, and what adds them."""
+        out = {}
         for n, group in enumerate(self.groups):
-            mine = {
-                name: grads[n][name] for name, home in self._shared.items() if home.groups[0] == n
-            }
+            mine = [name for name, home in self._shared.items() if home.groups[0] == n]
             if mine:
-                sums[n] = group.add_squares(sums[n], mine)
+                out[n] = mine, group.add_squares(mine)
+        return out
 
     @cached_property
     def _everywhere(self) -> tuple[Home, Transfer] | None:
@@ -359,6 +402,16 @@ class PipelinedProgram:
                 out[number, route.to].append(Route(sender, takes, tuple(j for _, j in pairs), wire))
         return out
 
+    def compile(self) -> None:
+        """Compiles all programs of the step, so that the first one takes no longer."""
+        jobs: list[Callable[[], Any]] = [lambda: self._finish, lambda: self._add_squares]
+        for group in self.groups:
+            jobs += [lambda g=group: g.prepare, lambda g=group: g.update]  # type: ignore[misc]
+            jobs += [lambda s=stage: s.backward for stage in group.stages.values()]  # type: ignore[misc]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done in [pool.submit(job) for job in jobs]:
+                done.result()
+
     def evaluate(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """(loss sum, weight) of one micro-batch of the first pipeline, in Flax's eval mode."""
         require_batch(batch, self.captured.batch, self.pipeline.microbatch)
@@ -417,7 +470,7 @@ class _Step:
         self.program, self.batches = program, batches
         self.weights, self.gathered, self.stats, self.local, self.counters = [], [], [], [], []
         for group, part in zip(program.groups, parts, strict=True):
-            weights, zeros, stats = group.prepare(part.params)
+            weights, zeros, stats = group.prepare.call(part.params)
             self.weights.append(weights)
             self.gathered.append(zeros)
             self.stats.append(stats)
@@ -444,7 +497,7 @@ class _Step:
         batch = self.batches[task.pipeline][task.microbatch][task.stage]
         local = {name: self.local[n][name] for name in stage.segment.local}
         k = self.program.counted_before(task)
-        sent, self.stats[n], after, kept = stage.forward(
+        sent, self.stats[n], after, kept = stage.forward.call(
             self.weights[n][task.stage], self.counters[n], local, k, batch, received, self.stats[n]
         )
         self.local[n].update(after)
@@ -458,7 +511,7 @@ class _Step:
         at = task.pipeline, task.stage, task.microbatch
         came = self.returned.pop(at, {})
         cotangents = [came[j] for j in stage.takes_back()]
-        self.gathered[n][task.stage], back = stage.backward(
+        self.gathered[n][task.stage], back = stage.backward.call(
             self.weights[n][task.stage], self.saved.pop(at), cotangents,
             self.gathered[n][task.stage],
         )  # fmt: skip

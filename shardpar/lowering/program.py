@@ -60,14 +60,14 @@ class Program:
 
         Raises:
           PlanError: if the plan does not fit the model or the devices, or has
-            several stages, which this version does not lower.
+            several stages, which `PipelinedProgram` is for.
         """
         check(plan, captured.graph)
         if len(plan.pipelines) != 1 or len(plan.pipelines[0].stages) != 1:
             raise PlanError(
                 f"the plan has {len(plan.pipelines)} pipelines with "
-                f"{[len(p.stages) for p in plan.pipelines]} stages; this version runs one "
-                "pipeline of one stage"
+                f"{[len(p.stages) for p in plan.pipelines]} stages; lower it with "
+                "`shardpar.lowering.lower.lower`, which makes programs of stages"
             )
         self.captured, self.plan, self.options = captured, plan, options
         self.optimizer = optimizer
@@ -145,6 +145,32 @@ class Program:
             placed[name] = array
         sharding = batch_sharding(self.mesh, self._data_axes, stacked=int(stacked))
         return jax.device_put(placed, sharding)
+
+    @property
+    def used_devices(self) -> list[jax.Device]:
+        """The devices it runs on."""
+        return list(self.mesh.devices.flat)
+
+    @property
+    def saved_shapes(self) -> TrainState:
+        """What a checkpoint of its state holds, and where it is restored to."""
+        return self.state_shapes
+
+    def to_saved(self, state: TrainState) -> TrainState:
+        """The state as a checkpoint holds it: one array per leaf."""
+        return state
+
+    def from_saved(self, saved: TrainState) -> TrainState:
+        """The state from what a checkpoint was restored to."""
+        return saved
+
+    def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Parameters and other variables on one set of devices: to sample from."""
+        return state.params, state.rest
+
+    def compile(self) -> None:
+        """Compiles the step, so that the first one takes no longer than the others."""
+        _ = self.compiled_step
 
     @cached_property
     def compiled_step(self) -> Any:

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from shardpar.capture._compat import as_function, is_literal, levels, only
 from shardpar.capture.segments import Again, Segments
+from shardpar.lowering.ready import Ready
 from shardpar.lowering.runs import Run, Step, steps
 from shardpar.lowering.shardings import batch_sharding, constrain, replicated
 from shardpar.lowering.stages import StageLayouts, border_shardings, reader, run_steps
@@ -176,11 +177,12 @@ class StagePrograms:
                 jnp.float32,
                 sharding=gradient_sharding(w.names[0], self.layouts, int(w.place is not None)),
             )
-            for w, shape in zip(self.weights, self._weight_shapes.values(), strict=True)
+            for w, shape in zip(self.weights, self.weight_shapes.values(), strict=True)
         }
 
     @cached_property
-    def _weight_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def weight_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and shardings of what `prepare` makes."""
         out = {}
         params = {
             name: v.aval
@@ -259,6 +261,18 @@ class StagePrograms:
         return jax.lax.fori_loop(0, k, lambda _, c: self.cut.advance(c), dict(counters))
 
     @cached_property
+    def _forward_shapes(self) -> Any:
+        return (
+            self.weight_shapes,
+            self.rest_shapes(self.cut.counters),
+            self.rest_shapes(self.segment.local),
+            jax.ShapeDtypeStruct((), jnp.int32),
+            self.batch,
+            self.received,
+            jax.ShapeDtypeStruct((2,), jnp.float32, sharding=self.whole),
+        )
+
+    @cached_property
     def _traced(self) -> _Traced:
         """The forward with its vjp as one flat program, and what of it has to be kept."""
         tree: list[Any] = []
@@ -284,20 +298,12 @@ class StagePrograms:
             tree.append(structure)
             return (sent, stats + jnp.stack([total, weight]), after), leaves
 
-        args = (
-            self._weight_shapes,
-            self.rest_shapes(self.cut.counters),
-            self.rest_shapes(self.segment.local),
-            jax.ShapeDtypeStruct((), jnp.int32),
-            self.batch,
-            self.received,
-            jax.ShapeDtypeStruct((2,), jnp.float32),
-        )
+        args = self._forward_shapes
         closed, (out, leaves) = jax.make_jaxpr(forward, return_shape=True)(*args)
         return _trace_of(closed, args, out, len(leaves), tree[-1])
 
     @cached_property
-    def forward(self) -> Callable[..., Any]:
+    def forward(self) -> Ready:
         """(weights, counters, local, k, batch, received, stats) to (sent, stats, local, kept)."""
         traced = self._traced
         function = traced.forward
@@ -314,10 +320,11 @@ class StagePrograms:
             dict.fromkeys(self.segment.local, self.whole),
             None,
         )
-        return jax.jit(forward, out_shardings=shardings, donate_argnums=(2, 6))
+        jitted = jax.jit(forward, out_shardings=shardings, donate_argnums=6)
+        return Ready(jitted, *self._forward_shapes)
 
     @cached_property
-    def backward(self) -> Callable[..., Any]:
+    def backward(self) -> Ready:
         """(weights, saved, gradients of what was sent, gathered) to (gathered, of received)."""
         traced = self._traced
         made = None if traced.made is None else as_function(traced.made)
@@ -344,7 +351,19 @@ class StagePrograms:
             }, of_received
 
         back = [s.sharding for s, f in zip(self.received, self._flows_back, strict=True) if f]
-        return jax.jit(backward, out_shardings=(gathered_in, back), donate_argnums=3)
+        jitted = jax.jit(backward, out_shardings=(gathered_in, back), donate_argnums=3)
+        cotangents = [self.sent[i] for i in self.takes_back()]
+        shapes = (self.weight_shapes, self._saved_shapes, cotangents, self.gradient_shapes())
+        return Ready(jitted, *shapes)
+
+    @cached_property
+    def _saved_shapes(self) -> list[jax.ShapeDtypeStruct]:
+        *_, kept = self.forward.compiled.output_shardings
+        closed = [
+            jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+            for a, sharding in zip(self._traced.kept, kept, strict=True)
+        ]
+        return self.saved_of(self.batch, self.received, self.sent, closed)
 
     def saved_of(
         self,
@@ -388,6 +407,7 @@ class _Traced:
       saved: of these, what comes from the forward of the same micro-batch.
       made, made_reads: computes from weights what no forward keeps, and the weights it reads.
       constants: values of leaves that are constants.
+      kept: shape and dtype of what the forward keeps.
     """
 
     forward: Any
@@ -399,6 +419,7 @@ class _Traced:
     made: Any
     made_reads: tuple[int, ...]
     constants: tuple[Any, ...]
+    kept: tuple[Any, ...]
 
 
 def _trace_of(closed: Any, args: Any, out: Any, num_leaves: int, pullback: Any) -> _Traced:
@@ -441,7 +462,7 @@ def _trace_of(closed: Any, args: Any, out: Any, num_leaves: int, pullback: Any) 
     return _Traced(
         _with_all_inputs(forward, reads, len(jaxpr.invars)),
         jax.tree.structure(out), num_outputs, pullback, tuple(leaves), saved,
-        again, again_reads, tuple(constants),
+        again, again_reads, tuple(constants), tuple(v.aval for v in kept),
     )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ from shardpar.capture.model import Init, Loss
 from shardpar.capture.trace import Captured, trace
 from shardpar.errors import PlanError
 from shardpar.lowering.devices import local_cluster
+from shardpar.lowering.lower import AnyProgram, lower
 from shardpar.lowering.options import ProgramOptions
-from shardpar.lowering.program import Program
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.search import SearchResult, search
 from shardpar.planner.setting import Workload
@@ -40,7 +40,7 @@ def compile(
     devices: Sequence[jax.Device] | None = None,
     causal: bool = False,
     notify: Callable[[str], None] = lambda _: None,
-) -> Program:
+) -> AnyProgram:
     """Captures a model, plans it, and lowers the plan.
 
     Args:
@@ -89,8 +89,8 @@ def compile(
     if plan is None:
         here = local_cluster(devices) if cluster is None else cluster
         work = workload(captured, optimizer, program, captured.graph.batch)
-        plan = planned(captured.graph, here, work, runnable(options)).plan
-    return Program(captured, plan, optimizer, program, devices)
+        plan = planned(captured.graph, here, work, options).plan
+    return lower(captured, plan, optimizer, program, devices)
 
 
 def workload(
@@ -108,11 +108,6 @@ def workload(
         optimizer_slots=round(slots, 3),
         loops=program.layers != "unroll",
     )
-
-
-def runnable(options: SearchOptions) -> SearchOptions:
-    """The options for a plan that is to be trained here: this version runs one stage."""
-    return options if options.stages else replace(options, stages=1)
 
 
 def planned(

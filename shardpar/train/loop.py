@@ -19,7 +19,7 @@ import numpy as np
 
 from shardpar.errors import DataError
 from shardpar.lowering.devices import peak_bytes_in_use
-from shardpar.lowering.program import Program
+from shardpar.lowering.lower import AnyProgram
 from shardpar.lowering.state import TrainState
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.metrics import MetricsLog
@@ -81,7 +81,7 @@ class Surroundings:
 
 
 def train(
-    program: Program,
+    program: AnyProgram,
     data: TextData,
     options: TrainOptions,
     saving: CheckpointOptions,
@@ -109,7 +109,7 @@ def train(
 
 
 def _begin(
-    program: Program, batches: Batches, options: TrainOptions, around: Surroundings
+    program: AnyProgram, batches: Batches, options: TrainOptions, around: Surroundings
 ) -> tuple[TrainState, int]:
     checkpoints = around.checkpoints
     if not checkpoints.steps():
@@ -120,16 +120,16 @@ def _begin(
             jax.block_until_ready(state)
         return state, 0
     with around.progress.phase("restoring"):
-        restored = checkpoints.restore(None, program.state_shapes)
+        restored = checkpoints.restore(None, program.saved_shapes)
         checkpoints.discard_after(restored.step)
     around.metrics.truncate_after(restored.step)
     batches.restore(json.loads(restored.files[POSITION]))
     around.progress.say(f"resumed from step {restored.step}")
-    return restored.state, restored.step
+    return program.from_saved(restored.state), restored.step
 
 
 def _evaluation_batches(
-    program: Program, data: TextData, options: TrainOptions
+    program: AnyProgram, data: TextData, options: TrainOptions
 ) -> tuple[Batch, ...]:
     """Batches of the plan's micro-batch size; the samples in them do not depend on the plan."""
     size = program.pipeline.microbatch
@@ -154,7 +154,7 @@ class _Loop:
 
     def __init__(
         self,
-        program: Program,
+        program: AnyProgram,
         batches: Batches,
         evaluation: tuple[Batch, ...],
         options: TrainOptions,
@@ -178,7 +178,7 @@ class _Loop:
             return Outcome(state, start, None, None, False, 0)
         with around.progress.phase("compiling the step"):
             compile_start = time.perf_counter()
-            _ = self.program.compiled_step
+            self.program.compile()
             around.progress.say(f"compiled in {time.perf_counter() - compile_start:.1f} s")
         clock = _Clock()
         loss: float | None = None
@@ -243,7 +243,7 @@ class _Loop:
                 mfu = tokens_per_s * self.flops_per_token / self.around.peak_flops
                 row["mfu"] = round(mfu, 4)
                 self._warn_mfu(mfu)
-        peak_bytes = peak_bytes_in_use(list(self.program.mesh.devices.flat))
+        peak_bytes = peak_bytes_in_use(self.program.used_devices)
         row["peak_bytes"] = int(peak_bytes)
         row["data_wait_s"] = round(clock.wait_s, 6)
         if self.options.log_samples:
@@ -292,7 +292,9 @@ class _Loop:
 
     def _save(self, step: int, state: TrainState) -> None:
         position = json.dumps(self.batches.position)
-        self.around.checkpoints.save(step, state, {**self.around.files, POSITION: position})
+        self.around.checkpoints.save(
+            step, self.program.to_saved(state), {**self.around.files, POSITION: position}
+        )
 
 
 @dataclass(frozen=True)

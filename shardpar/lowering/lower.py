@@ -1,0 +1,41 @@
+"""A plan becomes a program: one jit where one suffices, programs of stages otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import optax
+
+from shardpar.capture.trace import Captured
+from shardpar.lowering.options import ProgramOptions
+from shardpar.lowering.pipelined import PipelinedProgram
+from shardpar.lowering.program import Program
+from shardpar.spec.plan import Plan
+
+AnyProgram = Program | PipelinedProgram
+
+
+def lower(
+    captured: Captured,
+    plan: Plan,
+    optimizer: optax.GradientTransformation,
+    options: ProgramOptions = ProgramOptions(),
+    devices: Sequence[jax.Device] | None = None,
+) -> AnyProgram:
+    """The program of a plan: `init`, `step`, `evaluate`.
+
+    Args:
+      captured: from `capture.trace`.
+      plan: from the planner, a file, or a person.
+      optimizer: any optax transformation; with several stages, one that updates each
+        parameter from itself alone.
+      options: dtype, loops, clipping.
+      devices: the cluster's devices in plan order; None takes `jax.devices()`.
+
+    Raises:
+      PlanError: the plan does not fit the model, the devices or the optimizer.
+    """
+    several = len(plan.pipelines) > 1 or len(plan.pipelines[0].stages) > 1
+    kind = PipelinedProgram if several else Program
+    return kind(captured, plan, optimizer, options, devices)
