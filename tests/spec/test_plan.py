@@ -55,7 +55,7 @@ ONE = Stage((0,), Mesh(), ALL)
             lambda: Pipeline(8, 3, (ONE,)),
             "a pipeline's 8 sequences cannot be cut into micro-batches of 3; use a divisor of 8",
         ),
-        (lambda: Pipeline(8, 8, (ONE,), "zigzag"), "schedule is 'zigzag'; write 1f1b or gpipe"),
+        (lambda: Pipeline(8, 8, (ONE,), "zigzag"), "schedule is 'zigzag'; write 1f1b, gpipe or interleaved"),
         (lambda: Pipeline(8, 8, ()), "a pipeline has no stages"),
         (lambda: Plan("x", 0, ()), "a plan has no pipelines; give it at least one"),
         (
