@@ -7,7 +7,6 @@ parameter is held once per group, whichever of its stages read it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -23,16 +22,8 @@ from shardpar.lowering.ready import Ready
 from shardpar.lowering.shardings import constrain, replicated
 from shardpar.lowering.stage_programs import Arrays, StagePrograms
 from shardpar.lowering.stages import StageLayouts
-from shardpar.lowering.state import TrainState, gradient_sharding, shardings_of
+from shardpar.lowering.state import Gathered, TrainState, gradient_sharding, shardings_of
 from shardpar.lowering.update import updated
-
-
-@dataclass(frozen=True)
-class Counted:
-    """The micro-batches of a step: how many come before this pipeline's, and how many in all."""
-
-    before: int
-    all: int
 
 
 class GroupPrograms:
@@ -56,7 +47,7 @@ class GroupPrograms:
         layouts: Mapping[int, StageLayouts],
         cut: Segments,
         min_run: int,
-        counted: Counted,
+        orphans: Sequence[str] = (),
     ) -> None:
         """Gathers what the group's stages read.
 
@@ -69,10 +60,10 @@ class GroupPrograms:
           layouts: of its stages, by their numbers.
           cut: the program in segments, for the pipeline's micro-batches.
           min_run: chains of at least so many equal layers become one loop.
-          counted: the step's micro-batches.
+          orphans: parameters that no stage reads, which this group keeps.
         """
         self.captured, self.optimizer, self.options = captured, optimizer, options
-        self.pipeline, self.number, self.cut, self.counted = pipeline, number, cut, counted
+        self.pipeline, self.number, self.cut = pipeline, number, cut
         first = next(iter(layouts.values()))
         self.layouts, self.mesh, self.devices = first, first.mesh, first.stage.devices
         self.stages = {
@@ -80,7 +71,7 @@ class GroupPrograms:
             for s, of_stage in layouts.items()
         }
         self.whole = replicated(self.mesh)
-        held = {name for s in self.stages for name in cut.stages[s].params}
+        held = {name for s in self.stages for name in cut.stages[s].params} | set(orphans)
         self.names = tuple(name for name in captured.model.params if name in held)
         local = {name for s in self.stages for name in cut.stages[s].local}
         self.rest_names = tuple(
@@ -173,62 +164,81 @@ class GroupPrograms:
             for name in names
         }
 
-    def finish(self, counts: Sequence[str]) -> Ready:
-        """From gathered gradients and sums to (gradients by parameter, [loss, weight, squares]).
+    @cached_property
+    def gathered_shapes(self) -> Gathered:
+        """ShapeDtypeStructs of what the group gathers in a step."""
+        return Gathered(self._gradient_shapes(self.names), self._scalars(2), self.shapes.rest)
 
-        Args:
-          counts: the parameters whose squares this group adds.
-        """
+    @cached_property
+    def finish(self) -> Ready:
+        """From the gradients of its stages' weights to those of its parameters."""
 
-        def finish(gathered: Any, stats: Any) -> Any:
+        def finish(gathered: Any) -> Any:
             grads: Arrays = {}
             for s, stage in self.stages.items():
                 for name, g in stage.gradients(gathered[s]).items():
                     grads[name] = grads[name] + g if name in grads else g
-            squares = _squares(grads[name] for name in counts)
-            return grads, jnp.concatenate([stats, squares[None]])
+            for name, shape in self.gathered_shapes.grads.items():
+                grads.setdefault(name, jnp.zeros(shape.shape, shape.dtype))
+            return grads
 
-        out = {name: gradient_sharding(name, self.layouts) for name in self.names}
-        jitted = jax.jit(finish, out_shardings=(out, self.whole))
-        return Ready(jitted, self._gathered_shapes, self._scalars(2))
+        out = {name: self.gradient_sharding(name) for name in self.names}
+        jitted = jax.jit(finish, out_shardings=out)
+        return Ready(jitted, self._gathered_shapes)
 
-    def add_squares(self, counts: Sequence[str]) -> Ready:
-        """Adds the squares of gradients that were summed over groups to [loss, weight, squares].
+    @cached_property
+    def add(self) -> Ready:
+        """Sums two gradients of each parameter."""
+
+        def add(one: Any, other: Any) -> Any:
+            return jax.tree.map(jnp.add, one, other)
+
+        shapes = self.gathered_shapes.grads
+        out = {name: shape.sharding for name, shape in shapes.items()}
+        return Ready(jax.jit(add, out_shardings=out, donate_argnums=0), shapes, shapes)
+
+    def squares(self, counts: Sequence[str]) -> Ready:
+        """From [loss, weight] and gradients to [loss, weight, sum of their squares].
 
         Args:
           counts: the parameters whose squares this group adds.
         """
 
-        def add(sums: Any, grads: Mapping[str, Any]) -> Any:
-            return sums.at[2].add(_squares(grads.values()))
+        def squares(sums: Any, grads: Mapping[str, Any]) -> Any:
+            total = sum((jnp.sum(jnp.square(g)) for g in grads.values()), jnp.float32(0))
+            return jnp.concatenate([sums, total[None]])
 
-        jitted = jax.jit(add, out_shardings=self.whole)
-        return Ready(jitted, self._scalars(3), self._gradient_shapes(counts))
+        jitted = jax.jit(squares, out_shardings=self.whole)
+        return Ready(jitted, self._scalars(2), self._gradient_shapes(counts))
+
+    @cached_property
+    def advance(self) -> Ready | None:
+        """From the counters of random keys and a number to the counters after so many
+        micro-batches; None where there are none.
+        """
+        if not self.cut.counters:
+            return None
+
+        def advance(counters: Any, k: Any) -> Any:
+            return jax.lax.fori_loop(0, k, lambda _, c: self.cut.advance(c), counters)
+
+        shapes = {name: self.shapes.rest[name] for name in self.cut.counters}
+        jitted = jax.jit(advance, out_shardings=self.whole)
+        return Ready(jitted, shapes, jax.ShapeDtypeStruct((), jnp.int32))
 
     @cached_property
     def update(self) -> Ready:
-        """(state, grads, [loss, weight, squares] of all, local variables) to (state, metrics)."""
+        """(state, grads, [loss, weight, squares] of all, variables after) to (state, metrics)."""
 
-        def update(state: TrainState, grads: Any, sums: Any, local: Any) -> Any:
-            counters = {name: state.rest[name] for name in self.cut.counters}
-            if counters:
-                counters = jax.lax.fori_loop(
-                    0, self.counted.all, lambda _, c: self.cut.advance(c), counters
-                )
+        def update(state: TrainState, grads: Any, sums: Any, rest: Any) -> Any:
             total, weight = sums[0], sums[1]
             norm = jnp.sqrt(sums[2]) / weight
             return updated(
-                state, grads, {**counters, **local}, total, weight, norm, self.optimizer,
-                self.options,
+                state, grads, rest, total, weight, norm, self.optimizer, self.options
             )  # fmt: skip
 
         jitted = jax.jit(
             update, out_shardings=(shardings_of(self.shapes), self.whole), donate_argnums=0
         )
-        local = {n: s for n, s in self.shapes.rest.items() if n not in self.cut.counters}
         grads = self._gradient_shapes(self.names)
-        return Ready(jitted, self.shapes, grads, self._scalars(3), local)
-
-
-def _squares(grads: Any) -> jax.Array:
-    return sum((jnp.sum(jnp.square(g)) for g in grads), jnp.float32(0))
+        return Ready(jitted, self.shapes, grads, self._scalars(3), self.shapes.rest)

@@ -13,12 +13,11 @@ from typing import Any
 import jax
 
 from shardpar.lowering.shardings import group_of
-from shardpar.lowering.state import TrainState
 from shardpar.lowering.transfer import Transfer
 from shardpar.lowering.union import UnionArray
 from shardpar.lowering.wires import rehomed
 from shardpar.spec.layout import Across, Layout
-from shardpar.spec.reshard import Tensor, fuse
+from shardpar.spec.reshard import Reshard, Tensor, fuse
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,101 +62,136 @@ class Home:
 
 
 class Homes:
-    """The state of a plan of several groups: one tree of unions, or one tree for each group.
+    """A tree of arrays over several groups: one tree of unions, or one tree for each group.
 
     Attributes:
       parts: what each group holds.
-      leaves: the home of each leaf of the whole state, by its path.
+      leaves: the home of each leaf of the whole tree, by its path.
+      single: whether there is one group, and the leaves are its arrays themselves.
     """
 
     def __init__(
-        self, whole: TrainState, parts: Sequence[TrainState], devices: Sequence[jax.Device]
+        self,
+        whole: Any,
+        parts: Sequence[Any],
+        devices: Sequence[jax.Device],
+        *,
+        single: bool = False,
     ) -> None:
         """Finds out who holds what.
 
         Args:
-          whole: the shapes of the whole state.
+          whole: the shapes of the whole tree.
           parts: what each group holds of it, with shardings.
           devices: of the cluster, in order.
+          single: leaves are arrays, not unions.
         """
-        self.parts = tuple(parts)
-        self._paths, self._whole = _flatten(whole)
-        self._part_paths, self._structures = [], []
-        held: dict[str, list[tuple[int, Any]]] = {path: [] for path in self._paths}
+        self.parts, self.devices, self.single = tuple(parts), tuple(devices), single
+        self.paths, self._whole = _flatten(whole)
+        place = {path: i for i, path in enumerate(self.paths)}
+        self._part_places, self._structures = [], []
+        held: list[list[tuple[int, Any]]] = [[] for _ in self.paths]
         for number, part in enumerate(parts):
             leaves, structure = _flatten(part)
-            self._part_paths.append(list(leaves))
+            self._part_places.append([place[path] for path in leaves])
             self._structures.append(structure)
             for path, leaf in leaves.items():
-                held[path].append((number, leaf))
+                held[place[path]].append((number, leaf))
         self.leaves: dict[str, Home] = {}
-        for path, owners in held.items():
+        for path, owners in zip(self.paths, held, strict=True):
             numbers, shapes = zip(*owners, strict=True)
             self.leaves[path] = Home.of(numbers, shapes, devices)
+        self._homes = list(self.leaves.values())
 
-    def joined(self, parts: Sequence[TrainState]) -> TrainState:
+    def joined(self, parts: Sequence[Any]) -> Any:
         """One tree of unions, from the arrays of each group."""
-        arrays: dict[str, list[jax.Array]] = {path: [] for path in self._paths}
-        for part in parts:
-            for path, leaf in _flatten(part)[0].items():
-                arrays[path].append(leaf)
-        return self.tree({path: home.union(arrays[path]) for path, home in self.leaves.items()})
+        arrays: list[list[jax.Array]] = [[] for _ in self.paths]
+        for part, places in zip(parts, self._part_places, strict=True):
+            for place, leaf in zip(places, jax.tree.leaves(part), strict=True):
+                arrays[place].append(leaf)
+        return self._whole.unflatten(
+            [home.union(held) for home, held in zip(self._homes, arrays, strict=True)]
+        )
 
-    def split(self, state: TrainState) -> list[TrainState]:
+    def split(self, whole: Any) -> list[Any]:
         """The arrays of each group, from one tree of unions."""
-        held: list[dict[str, Any]] = [{} for _ in self.parts]
-        for path, union in self.named(state).items():
-            for number, array in zip(self.leaves[path].groups, union.arrays, strict=True):
-                held[number][path] = array
+        unions = self._whole.flatten_up_to(whole)
+        number = [iter(union.arrays) for union in unions]
         return [
-            structure.unflatten([mine[path] for path in paths])
-            for mine, paths, structure in zip(held, self._part_paths, self._structures, strict=True)
+            structure.unflatten([next(number[place]) for place in places])
+            for places, structure in zip(self._part_places, self._structures, strict=True)
         ]
 
-    def moved(self, arrays: Mapping[str, UnionArray], devices: Sequence[jax.Device]) -> TrainState:
-        """A whole state brought home from wherever its arrays lie, in one fused reshard.
+    def unions(self, whole: Any) -> dict[str, UnionArray]:
+        """The leaves of a whole tree by path."""
+        leaves = self._whole.flatten_up_to(whole)
+        if self.single:
+            leaves = [h.union([leaf]) for h, leaf in zip(self._homes, leaves, strict=True)]
+        return dict(zip(self.paths, leaves, strict=True))
+
+    def settled(self, unions: Mapping[str, UnionArray]) -> Any:
+        """A whole tree from unions that lie here already, under the shardings of the programs."""
+        leaves = [home.settled(unions[path]) for path, home in self.leaves.items()]
+        return self._whole.unflatten([x.arrays[0] for x in leaves] if self.single else leaves)
+
+    def first_copies(self, whole: Any) -> Any:
+        """A whole tree with one array per leaf: its first copy."""
+        return self._whole.unflatten([union.arrays[0] for union in self.unions(whole).values()])
+
+    def first_shapes(self) -> Any:
+        """Where the first copies lie."""
+        return self._whole.unflatten([home.shapes[0] for home in self._homes])
+
+    def of_first_copies(self, whole: Any) -> dict[str, UnionArray]:
+        """What `first_copies` made, as unions of one group."""
+        leaves = self._whole.flatten_up_to(whole)
+        return {
+            path: UnionArray((leaf,), Layout(home.layout.groups[:1]), tuple(leaf.shape))
+            for (path, home), leaf in zip(self.leaves.items(), leaves, strict=True)
+        }
+
+
+class Move:
+    """Brings arrays into the layouts of other homes in one fused reshard, any number of times.
+
+    What it does is found out with the first arrays and kept. Random keys travel as their bits.
+    """
+
+    def __init__(self, go: Mapping[str, Layout], devices: Sequence[jax.Device]) -> None:
+        self.go, self.devices = dict(go), tuple(devices)
+        self._transfer: Transfer | None = None
+
+    def __call__(
+        self, arrays: Mapping[str, UnionArray], *, donate: bool = True
+    ) -> dict[str, UnionArray]:
+        """The arrays in their new layouts.
 
         Args:
-          arrays: by the path of the leaf; their memory is given back.
-          devices: of the cluster, in order.
+          arrays: by path; the same shapes, dtypes and layouts as in the first call.
+          donate: give the memory of the old ones back. It is given back when all have
+            arrived: if that fails, the old ones are as they were.
         """
-        layouts = {path: self.leaves[path].layout for path in arrays}
-        moved = move(arrays, layouts, devices)
-        settled = {path: self.leaves[path].settled(union) for path, union in moved.items()}
-        return self.tree(settled)  # type: ignore[no-any-return]
+        bits = {path: _bits_of(a) if _is_key(a) else a for path, a in arrays.items()}
+        if self._transfer is None:
+            tensors = [
+                Tensor(a.layout, self.go[path], tuple(a.shape), a.dtype.itemsize)
+                for path, a in bits.items()
+            ]
+            dtypes = [a.dtype for a in bits.values()]
+            self._transfer = Transfer(fuse(tensors), dtypes, self.devices)
+        moved = dict(zip(bits, self._transfer(list(bits.values()), donate=donate), strict=True))
+        for path, array in arrays.items():
+            if _is_key(array):
+                wrapped = tuple(
+                    jax.random.wrap_key_data(x, impl=array.dtype) for x in moved[path].arrays
+                )
+                moved[path] = UnionArray(wrapped, self.go[path], array.shape)
+        return moved
 
-    def tree(self, leaves: Mapping[str, Any]) -> Any:
-        """Leaves by path as a state."""
-        return self._whole.unflatten([leaves[path] for path in self._paths])
-
-    def named(self, state: TrainState) -> dict[str, Any]:
-        """The leaves of a state by path."""
-        leaves = self._whole.flatten_up_to(state)
-        return dict(zip(self._paths, leaves, strict=True))
-
-
-def move(
-    arrays: Mapping[str, UnionArray],
-    layouts: Mapping[str, Layout],
-    devices: Sequence[jax.Device],
-    *,
-    donate: bool = True,
-) -> dict[str, UnionArray]:
-    """Brings arrays into layouts in one fused reshard; random keys travel as their bits."""
-    bits = {path: _bits_of(a) if _is_key(a) else a for path, a in arrays.items()}
-    tensors = [
-        Tensor(a.layout, layouts[path], tuple(a.shape), a.dtype.itemsize)
-        for path, a in bits.items()
-    ]
-    transfer = Transfer(fuse(tensors), [a.dtype for a in bits.values()], devices)
-    moved = dict(zip(bits, transfer(list(bits.values()), donate=donate), strict=True))
-    for path, array in arrays.items():
-        if _is_key(array):
-            wrapped = tuple(
-                jax.random.wrap_key_data(x, impl=array.dtype) for x in moved[path].arrays
-            )
-            moved[path] = UnionArray(wrapped, layouts[path], array.shape)
-    return moved
+    @property
+    def resolved(self) -> Reshard | None:
+        """What it sends, once it has been used."""
+        return None if self._transfer is None else self._transfer.resolved
 
 
 def _bits_of(keys: UnionArray) -> UnionArray:

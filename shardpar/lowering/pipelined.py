@@ -22,16 +22,17 @@ from shardpar.capture.cut import CutProgram, cut
 from shardpar.capture.segments import Segments, segments
 from shardpar.capture.trace import Captured
 from shardpar.errors import CaptureError, PlanError
-from shardpar.lowering.device_groups import Counted, GroupPrograms
-from shardpar.lowering.homes import Home, Homes, move
+from shardpar.lowering.device_groups import GroupPrograms
+from shardpar.lowering.homes import Home, Homes, Move
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.options import ProgramOptions
+from shardpar.lowering.ready import Ready
 from shardpar.lowering.separable import require_separable
-from shardpar.lowering.stage_programs import StagePrograms
+from shardpar.lowering.stage_programs import Arrays, StagePrograms
 from shardpar.lowering.stages import StageLayouts
-from shardpar.lowering.state import TrainState
+from shardpar.lowering.state import Gathered, TrainState
 from shardpar.lowering.transfer import Transfer
-from shardpar.lowering.union import union_array
+from shardpar.lowering.union import UnionArray
 from shardpar.lowering.wires import Wire
 from shardpar.spec.check import check
 from shardpar.spec.layout import Group, Layout
@@ -85,9 +86,10 @@ class PipelinedProgram:
         self._of_stage: dict[tuple[int, int], GroupPrograms] = {}
         counts = [p.num_microbatches for p in plan.pipelines]
         self._before = [sum(counts[:n]) for n in range(len(counts))]
+        self._all = np.int32(sum(counts))
         self._cuts = [self._cut(number) for number in range(len(plan.pipelines))]
         for number in range(len(plan.pipelines)):
-            self._add_pipeline(number, Counted(self._before[number], sum(counts)))
+            self._add_pipeline(number)
         self._refuse_separate_variables()
         self.homes = Homes(self._whole_shapes(), [g.shapes for g in self.groups], self.devices)
 
@@ -114,14 +116,16 @@ class PipelinedProgram:
         }
         return segments(self._traced(number, training), stage_of)
 
-    def _add_pipeline(self, number: int, counted: Counted) -> None:
+    def _add_pipeline(self, number: int) -> None:
         pipeline, cut_ = self.plan.pipelines[number], self._cuts[number]
+        read = {name for segment in cut_.stages for name in segment.params}
+        orphans = [name for name in self.captured.model.params if name not in read]
         shortest = SHORTEST_LOOP[self.options.layers]
         for g in range(pipeline.num_groups):
             layouts = self._layouts(number, range(g, len(pipeline.stages), pipeline.num_groups))
             group = GroupPrograms(
                 self.captured, self.optimizer, self.options, number, g, layouts, cut_, shortest,
-                counted,
+                () if self.groups else orphans,
             )  # fmt: skip
             self.groups.append(group)
             self._of_stage.update({(number, s): group for s in layouts})
@@ -131,8 +135,7 @@ class PipelinedProgram:
         graph, pipeline = self.captured.graph, self.plan.pipelines[number]
         mesh = jax_mesh(pipeline.stages[numbers[0]], self.devices)
         chosen = {s: strategies(pipeline.stages[s], graph) for s in numbers}
-        held = {name for s in numbers for name in self._cuts[number].stages[s].params}
-        owners = _owners(self.captured, self._cuts[number].program, held, chosen)
+        owners = _owners(self.captured, self._cuts[number].program, chosen)
         return {
             s: StageLayouts(
                 graph, pipeline.stages[s], mesh, chosen[s], owners, self.plan.tensor_dims
@@ -186,31 +189,27 @@ class PipelinedProgram:
         """The devices it runs on."""
         return [self.devices[d] for d in self.plan.devices]
 
-    @cached_property
+    @property
     def saved_shapes(self) -> TrainState:
         """What a checkpoint of its state holds, and where it is restored to: the first copies."""
-        leaves = {path: home.shapes[0] for path, home in self.homes.leaves.items()}
-        return self.homes.tree(leaves)  # type: ignore[no-any-return]
+        return self.homes.first_shapes()  # type: ignore[no-any-return]
 
     def to_saved(self, state: TrainState) -> TrainState:
         """The state as a checkpoint holds it: one array per leaf, its first copy."""
-        leaves = {path: union.arrays[0] for path, union in self.homes.named(state).items()}
-        return self.homes.tree(leaves)  # type: ignore[no-any-return]
+        return self.homes.first_copies(state)  # type: ignore[no-any-return]
 
     def from_saved(self, saved: TrainState) -> TrainState:
         """The state from what a checkpoint was restored to; the copies are made."""
-        arrays = self.homes.named(saved)
-        return self.homes.moved(
-            {path: union_array(array, self.devices) for path, array in arrays.items()},
-            self.devices,
-        )
+        go = {path: home.layout for path, home in self.homes.leaves.items()}
+        moved = Move(go, self.devices)(self.homes.of_first_copies(saved))
+        return self.homes.settled(moved)  # type: ignore[no-any-return]
 
     def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Parameters and other variables, whole, on the plan's first device: to sample from."""
         here = Layout((Group((self.plan.devices[0],)),))
         out = []
         for part in (state.params, state.rest):
-            moved = move(part, dict.fromkeys(part, here), self.devices, donate=False)
+            moved = Move(dict.fromkeys(part, here), self.devices)(part, donate=False)
             out.append({name: union.arrays[0] for name, union in moved.items()})
         return out[0], out[1]
 
@@ -265,52 +264,138 @@ class PipelinedProgram:
           finite and the state was left as it was).
         """
         parts = self.homes.split(state)
-        run = _Step(self, parts, self.place(batch))
+        run = self._run([p.params for p in parts], [p.rest for p in parts], batch)
+        return self._applied(parts, *run)
+
+    def accumulate(
+        self, state: TrainState, batch: Mapping[str, Any], gathered: Gathered | None = None
+    ) -> Gathered:
+        """Gradients of a batch without an update: `apply` takes what several batches gathered.
+
+        Args:
+          state: stays as it is.
+          batch: arrays whose dim 0 is the plan's global batch.
+          gathered: of the step's batches before; it must not be used again.
+        """
+        rest = state.rest if gathered is None else gathered.rest
+        return self.add(gathered, self.gather(state.params, rest, batch))
+
+    def gather(
+        self, params: Mapping[str, Any], rest: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> Gathered:
+        """Gradients of a batch, from parameters and the model's other variables alone."""
+        of_groups = [self._of_group(n, "params", params) for n in range(len(self.groups))]
+        variables = [self._of_group(n, "rest", rest) for n in range(len(self.groups))]
+        grads, stats, after = self._run(of_groups, variables, batch)
+        sums = self._spread_sums(stats)
+        parts = [Gathered(*of_group) for of_group in zip(grads, sums, after, strict=True)]
+        return self.gathered_homes.joined(parts)  # type: ignore[no-any-return]
+
+    def _of_group(self, number: int, kind: str, unions: Mapping[str, UnionArray]) -> Arrays:
+        group = self.groups[number]
+        names = group.names if kind == "params" else group.rest_names
+        homes = self.homes.leaves
+        return {
+            name: unions[name].arrays[homes[f".{kind}['{name}']"].groups.index(number)]
+            for name in names
+        }
+
+    def add(self, before: Gathered | None, new: Gathered) -> Gathered:
+        """Two parts of one step together; the first is donated."""
+        if before is None:
+            return new
+        parts = []
+        for group, one, other in zip(
+            self.groups,
+            self.gathered_homes.split(before),
+            self.gathered_homes.split(new),
+            strict=True,
+        ):
+            grads = group.add.call(one.grads, other.grads)
+            parts.append(Gathered(grads, one.sums + other.sums, other.rest))
+        return self.gathered_homes.joined(parts)  # type: ignore[no-any-return]
+
+    def apply(
+        self, state: TrainState, gathered: Gathered
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The update of what was gathered; both are donated. Returns what `step` does."""
+        parts = self.gathered_homes.split(gathered)
+        # Every group has the sums of all; one of them counts.
+        stats = [part.sums if n == 0 else part.sums * 0 for n, part in enumerate(parts)]
+        return self._applied(
+            self.homes.split(state), [p.grads for p in parts], stats, [p.rest for p in parts]
+        )
+
+    def _run(
+        self, params: list[Arrays], rest: list[Arrays], batch: Mapping[str, Any]
+    ) -> tuple[list[Arrays], list[Any], list[Arrays]]:
+        """By group: gradients summed over groups, its own [loss, weight], variables after."""
+        run = _Step(self, params, rest, self.place(batch))
         for task in self.order:
             run.do(task)
-        return self._finished(parts, run)
-
-    def _finished(
-        self, parts: list[TrainState], run: _Step
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        grads, sums = [], []
-        for finish, gathered, stats in zip(self._finish, run.gathered, run.stats, strict=True):
-            g, s = finish.call(gathered, stats)
-            grads.append(g)
-            sums.append(s)
+        grads = [
+            group.finish.call(gathered)
+            for group, gathered in zip(self.groups, run.gathered, strict=True)
+        ]
         if self._shared:
-            self._sum_shared(grads, sums)
-        sums = self._sum_up(sums)
+            self._sum_shared(grads)
+        after = []
+        for group, counters, local in zip(self.groups, run.counters, run.local, strict=True):
+            moved = group.advance.call(counters, self._all) if group.advance else {}
+            after.append({**moved, **local})
+        return grads, run.stats, after
+
+    def _applied(
+        self, parts: list[TrainState], grads: list[Arrays], stats: list[Any], rest: list[Arrays]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        sums = [
+            squares.call(of_group, {name: g[name] for name in names})
+            for (names, squares), of_group, g in zip(self._squares, stats, grads, strict=True)
+        ]
+        sums = self._spread_sums(sums)
         metrics: dict[str, jax.Array] = {}
         after = []
-        for n, group in enumerate(self.groups):
-            new, found = group.update.call(parts[n], grads[n], sums[n], run.local[n])
+        for group, *given in zip(self.groups, parts, grads, sums, rest, strict=True):
+            new, found = group.update.call(*given)
             after.append(new)
             metrics = metrics or found
         return self.homes.joined(after), metrics
 
     @cached_property
-    def _shared(self) -> dict[str, Home]:
-        """Parameters that several groups hold, with the home of their gradients."""
-        out = {}
-        for name in self.captured.model.params:
-            holders = [n for n, g in enumerate(self.groups) if name in g.names]
-            if len(holders) > 1:
-                shapes = tuple(
-                    jax.ShapeDtypeStruct(
-                        self.captured.model.params[name].shape,
-                        np.float32,
-                        sharding=self.groups[n].gradient_sharding(name),
-                    )
-                    for n in holders
-                )
-                out[name] = Home.of(tuple(holders), shapes, self.devices)
-        return out
+    def gathered_homes(self) -> Homes:
+        """Which groups hold what of the gradients of a step."""
+        model = self.captured.model
+        whole = Gathered(
+            {
+                name: jax.ShapeDtypeStruct(leaf.shape, np.float32)
+                for name, leaf in model.params.items()
+            },
+            jax.ShapeDtypeStruct((2,), np.float32),
+            dict(model.rest),
+        )
+        return Homes(whole, [g.gathered_shapes for g in self.groups], self.devices)
 
     @cached_property
-    def _finish(self) -> list[Any]:
-        return [g.finish([name for name in g.names if name not in self._shared])
-                for g in self.groups]  # fmt: skip
+    def _shared(self) -> dict[str, Home]:
+        """Parameters that several groups hold, with the home of their gradients."""
+        homes = {
+            name: self.gathered_homes.leaves[f".grads['{name}']"]
+            for name in self.captured.model.params
+        }
+        return {name: home for name, home in homes.items() if len(home.groups) > 1}
+
+    @cached_property
+    def _squares(self) -> list[tuple[list[str], Ready]]:
+        """By group, the parameters whose squares it counts, each once, and what adds them."""
+        first = {
+            name: self.gathered_homes.leaves[f".grads['{name}']"].groups[0]
+            for name in self.captured.model.params
+        }
+        out = []
+        for n, group in enumerate(self.groups):
+            mine = [name for name in group.names if first[name] == n]
+            out.append((mine, group.squares(mine)))
+        return out
 
     @cached_property
     def _summing(self) -> Transfer:
@@ -320,7 +405,7 @@ class PipelinedProgram:
         ]
         return Transfer(fuse(tensors), [np.dtype(np.float32)] * len(tensors), self.devices)
 
-    def _sum_shared(self, grads: list[dict[str, Any]], sums: list[Any]) -> None:
+    def _sum_shared(self, grads: list[Arrays]) -> None:
         """Sums what several groups hold the gradient of: a reshard from addends to copies."""
         unions = [
             home.union([grads[n][name] for n in home.groups], "partial")
@@ -331,35 +416,25 @@ class PipelinedProgram:
         ):
             for n, array in zip(home.groups, home.settled(union).arrays, strict=True):
                 grads[n][name] = array
-        for n, (names, add) in self._add_squares.items():
-            sums[n] = add.call(sums[n], {name: grads[n][name] for name in names})
 
     @cached_property
-    def _add_squares(self) -> dict[int, tuple[list[str], Any]]:
-        """By group, the shared parameters whose squares it counts, and what adds them."""
+    def _everywhere(self) -> Mapping[int, tuple[Home, Transfer]]:
+        """What sums so many scalars over all groups and gives every group the sum."""
         out = {}
-        for n, group in enumerate(self.groups):
-            mine = [name for name, home in self._shared.items() if home.groups[0] == n]
-            if mine:
-                out[n] = mine, group.add_squares(mine)
+        for count in (2, 3):
+            shapes = tuple(
+                jax.ShapeDtypeStruct((count,), np.float32, sharding=g.whole) for g in self.groups
+            )
+            home = Home.of(tuple(range(len(self.groups))), shapes, self.devices)
+            tensor = Tensor(home.across("partial"), home.layout, (count,), 4)
+            out[count] = home, Transfer(fuse([tensor]), [np.dtype(np.float32)], self.devices)
         return out
 
-    @cached_property
-    def _everywhere(self) -> tuple[Home, Transfer] | None:
+    def _spread_sums(self, sums: list[Any]) -> list[Any]:
+        """Scalars summed over all groups, on every group."""
         if len(self.groups) == 1:
-            return None
-        shapes = tuple(
-            jax.ShapeDtypeStruct((3,), np.float32, sharding=g.whole) for g in self.groups
-        )
-        home = Home.of(tuple(range(len(self.groups))), shapes, self.devices)
-        tensor = Tensor(home.across("partial"), home.layout, (3,), 4)
-        return home, Transfer(fuse([tensor]), [np.dtype(np.float32)], self.devices)
-
-    def _sum_up(self, sums: list[Any]) -> list[Any]:
-        """[loss, weight, squares] of the whole batch, on every group."""
-        if self._everywhere is None:
             return sums
-        home, transfer = self._everywhere
+        home, transfer = self._everywhere[sums[0].size]
         (union,) = transfer([home.union(sums, "partial")], donate=True)
         return list(home.settled(union).arrays)
 
@@ -404,9 +479,9 @@ class PipelinedProgram:
 
     def compile(self) -> None:
         """Compiles all programs of the step, so that the first one takes no longer."""
-        jobs: list[Callable[[], Any]] = [lambda: self._finish, lambda: self._add_squares]
+        jobs: list[Callable[[], Any]] = [lambda: self._squares]
         for group in self.groups:
-            jobs += [lambda g=group: g.prepare, lambda g=group: g.update]  # type: ignore[misc]
+            jobs += [lambda g=group: (g.prepare, g.finish, g.advance, g.update)]  # type: ignore[misc]
             jobs += [lambda s=stage: s.backward for stage in group.stages.values()]  # type: ignore[misc]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for done in [pool.submit(job) for job in jobs]:
@@ -466,16 +541,19 @@ class Route:
 class _Step:
     """One step under way: what has arrived where, and what waits for its backward."""
 
-    def __init__(self, program: PipelinedProgram, parts: list[TrainState], batches: Any) -> None:
+    def __init__(
+        self, program: PipelinedProgram, params: list[Arrays], rest: list[Arrays], batches: Any
+    ) -> None:
         self.program, self.batches = program, batches
         self.weights, self.gathered, self.stats, self.local, self.counters = [], [], [], [], []
-        for group, part in zip(program.groups, parts, strict=True):
-            weights, zeros, stats = group.prepare.call(part.params)
+        for group, part, variables in zip(program.groups, params, rest, strict=True):
+            weights, zeros, stats = group.prepare.call(part)
             self.weights.append(weights)
             self.gathered.append(zeros)
             self.stats.append(stats)
-            self.counters.append({name: part.rest[name] for name in group.cut.counters})
-            self.local.append({n: x for n, x in part.rest.items() if n not in group.cut.counters})
+            counters = set(group.cut.counters)
+            self.counters.append({n: x for n, x in variables.items() if n in counters})
+            self.local.append({n: x for n, x in variables.items() if n not in counters})
         self.number = {id(group): n for n, group in enumerate(program.groups)}
         self.arrived: dict[tuple[int, int, int], dict[int, jax.Array]] = {}
         self.returned: dict[tuple[int, int, int], dict[int, jax.Array]] = {}
@@ -551,10 +629,9 @@ def rehomed_across(
 def _owners(
     captured: Captured,
     program: CutProgram,
-    held: set[str],
     chosen: Mapping[int, Mapping[str, LayerStrategy]],
 ) -> dict[str, Any]:
-    """The Parameter and the strategy of each that a group holds: its own layer's, or a reader's."""
+    """Each Parameter and its strategy in a group: its own layer's, else a reader's."""
     by_layer = {layer: s for of_stage in chosen.values() for layer, s in of_stage.items()}
     readers = {
         name: call.name
@@ -565,8 +642,6 @@ def _owners(
     }
     out = {}
     for name, layer, parameter in captured.graph.parameters:
-        if name not in held:
-            continue
         strategy = by_layer.get(layer.name) or by_layer.get(readers.get(name, ""))
         # Read between layers only, far from where its own layer is: a copy on each device.
         out[name] = (parameter, strategy or LayerStrategy("outside"))

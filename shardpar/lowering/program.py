@@ -18,11 +18,18 @@ import optax
 from shardpar.capture.cut import cut
 from shardpar.capture.trace import OUTSIDE, Captured
 from shardpar.errors import CaptureError, PlanError
+from shardpar.lowering.homes import Homes
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.shardings import batch_sharding, constrain, replicated
 from shardpar.lowering.stages import Forward, StageLayouts, forward_program
-from shardpar.lowering.state import TrainState, gradient_sharding, shardings_of, state_shapes
+from shardpar.lowering.state import (
+    Gathered,
+    TrainState,
+    gradient_sharding,
+    shardings_of,
+    state_shapes,
+)
 from shardpar.lowering.update import updated
 from shardpar.spec.check import check
 from shardpar.spec.plan import LayerStrategy, Plan
@@ -37,6 +44,7 @@ class Program:
 
     Attributes:
       captured, plan, options: what it was made from.
+      devices: of the cluster, in order.
       mesh: the jax mesh it runs on.
       state_shapes: ShapeDtypeStructs of the state, with shardings.
     """
@@ -73,7 +81,8 @@ class Program:
         self.optimizer = optimizer
         self.pipeline = plan.pipelines[0]
         stage = self.pipeline.stages[0]
-        self.mesh = jax_mesh(stage, devices)
+        self.devices = tuple(jax.devices() if devices is None else devices)
+        self.mesh = jax_mesh(stage, self.devices)
         chosen = strategies(stage, captured.graph)
         self._layouts = StageLayouts(
             captured.graph, stage, self.mesh, chosen, _owners(captured, chosen), plan.tensor_dims
@@ -118,6 +127,35 @@ class Program:
         """
         return self.compiled_step(state, self.place(batch))
 
+    def accumulate(
+        self, state: TrainState, batch: Mapping[str, Any], gathered: Gathered | None = None
+    ) -> Gathered:
+        """Gradients of a batch without an update: `apply` takes what several batches gathered.
+
+        Args:
+          state: stays as it is.
+          batch: arrays whose dim 0 is the plan's global batch.
+          gathered: of the step's batches before.
+        """
+        rest = state.rest if gathered is None else gathered.rest
+        return self.add(gathered, self.gather(state.params, rest, batch))
+
+    def gather(
+        self, params: Mapping[str, Any], rest: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> Gathered:
+        """Gradients of a batch, from parameters and the model's other variables alone."""
+        return self._gathering(dict(params), dict(rest), self.place(batch))  # type: ignore[no-any-return]
+
+    def add(self, before: Gathered | None, new: Gathered) -> Gathered:
+        """Two parts of one step together; the first is donated."""
+        return new if before is None else self._adding(before, new)
+
+    def apply(
+        self, state: TrainState, gathered: Gathered
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """The update of what was gathered; the state is donated. Returns what `step` does."""
+        return self._apply(state, gathered)  # type: ignore[no-any-return]
+
     def evaluate(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """(loss sum, weight) of one micro-batch-sized batch, in Flax's eval mode."""
         return self._evaluate(state.params, state.rest, self.place(batch, stacked=False))
@@ -150,6 +188,28 @@ class Program:
     def used_devices(self) -> list[jax.Device]:
         """The devices it runs on."""
         return list(self.mesh.devices.flat)
+
+    @cached_property
+    def homes(self) -> Homes:
+        """Where each array of the state lies."""
+        return Homes(self.state_shapes, [self.state_shapes], self.devices, single=True)
+
+    @cached_property
+    def gathered_homes(self) -> Homes:
+        """Where each array of what a step gathers lies."""
+        return Homes(self.gathered_shapes, [self.gathered_shapes], self.devices, single=True)
+
+    @cached_property
+    def gathered_shapes(self) -> Gathered:
+        """ShapeDtypeStructs of what a step gathers, with shardings."""
+        grads = {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, jnp.float32, sharding=gradient_sharding(name, self._layouts)
+            )
+            for name, leaf in self.captured.model.params.items()
+        }
+        sums = jax.ShapeDtypeStruct((2,), jnp.float32, sharding=replicated(self.mesh))
+        return Gathered(grads, sums, self.state_shapes.rest)
 
     @property
     def saved_shapes(self) -> TrainState:
@@ -189,18 +249,60 @@ class Program:
             )
             for name, leaf in self.captured.batch.items()
         }
+        gather = self._gather
+
+        def step(state: TrainState, batch: Any) -> Any:
+            total, weight, rest, grads = gather(state.params, state.rest, batch)
+            norm = optax.tree.norm(grads) / weight
+            return updated(state, grads, rest, total, weight, norm, self.optimizer, self.options)
+
         jitted = jax.jit(
-            _step_function(
-                self._forward(training=True),
-                self.optimizer,
-                self.options,
-                self._layouts,
-                microbatches,
-            ),
+            step,
             donate_argnums=0,
             out_shardings=(shardings_of(self.state_shapes), replicated(self.mesh)),
         )
         return jitted.lower(self.state_shapes, batch)
+
+    @cached_property
+    def _gather(self) -> Any:
+        return _gather_function(
+            self._forward(training=True),
+            self.options,
+            self._layouts,
+            self.pipeline.num_microbatches,
+        )
+
+    @cached_property
+    def _gathering(self) -> Any:
+        def gather(params: Any, rest: Any, batch: Any) -> Gathered:
+            total, weight, rest, grads = self._gather(params, rest, batch)
+            return Gathered(grads, jnp.stack([total, weight]), rest)
+
+        return jax.jit(gather, out_shardings=shardings_of(self.gathered_shapes))
+
+    @cached_property
+    def _adding(self) -> Any:
+        def add(before: Gathered, new: Gathered) -> Gathered:
+            grads = jax.tree.map(jnp.add, before.grads, new.grads)
+            return Gathered(grads, before.sums + new.sums, new.rest)
+
+        return jax.jit(add, out_shardings=shardings_of(self.gathered_shapes), donate_argnums=0)
+
+    @cached_property
+    def _apply(self) -> Any:
+        def apply(state: TrainState, gathered: Gathered) -> Any:
+            total, weight = gathered.sums
+            norm = optax.tree.norm(gathered.grads) / weight
+            return updated(
+                state, gathered.grads, gathered.rest, total, weight, norm, self.optimizer,
+                self.options,
+            )  # fmt: skip
+
+        return jax.jit(
+            apply,
+            donate_argnums=0,
+            out_shardings=(shardings_of(self.state_shapes), replicated(self.mesh)),
+        )
 
     @cached_property
     def _evaluate(self) -> Any:
@@ -236,13 +338,11 @@ def _owners(captured: Captured, chosen: Mapping[str, LayerStrategy]) -> dict[str
     }
 
 
-def _step_function(
-    forward: Forward,
-    optimizer: optax.GradientTransformation,
-    options: ProgramOptions,
-    layouts: StageLayouts,
-    microbatches: int,
-) -> Callable[[TrainState, Any], Any]:
+def _gather_function(
+    forward: Forward, options: ProgramOptions, layouts: StageLayouts, microbatches: int
+) -> Callable[..., tuple[Any, Any, Any, dict[str, Any]]]:
+    """From (params, rest, batch) to (loss sum, weight, rest, gradients) over all micro-batches."""
+
     def gradients(params: Any, rest: Any, batch: Any) -> Any:
         def loss(params: Any) -> Any:
             total, weight, changed = forward(params, rest, batch)
@@ -271,18 +371,16 @@ def _step_function(
         start = (jnp.float32(0), jnp.float32(0), rest, zeros)
         return jax.lax.scan(add, start, batch)[0]
 
-    def step(state: TrainState, batch: Any) -> Any:
-        total, weight, rest, grads = accumulate(
-            _cast(state.params, options.compute_dtype), state.rest, batch
-        )
+    def gather(params: Any, rest: Any, batch: Any) -> Any:
+        params = _cast(params, options.compute_dtype)
+        total, weight, rest, grads = accumulate(params, rest, batch)
         grads = {
             name: constrain(g.astype(jnp.float32), gradient_sharding(name, layouts))
             for name, g in grads.items()
         }
-        norm = optax.tree.norm(grads) / weight
-        return updated(state, grads, rest, total, weight, norm, optimizer, options)
+        return total, weight, rest, grads
 
-    return step
+    return gather
 
 
 def _cast(params: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,22 @@ class TrainState:
     optimizer: Any
     rest: dict[str, Any]
     step: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Gathered:
+    """What a step has gathered of its batch so far, before the update.
+
+    Attributes:
+      grads: of the loss sum, float32, by parameter.
+      sums: float32[2], the loss sum and its weight.
+      rest: the model's other variables after the micro-batches done.
+    """
+
+    grads: dict[str, Any]
+    sums: Any
+    rest: dict[str, Any]
 
 
 def state_shapes(
@@ -66,6 +82,9 @@ def gradient_sharding(name: str, layouts: StageLayouts, stacked: int = 0) -> Nam
     return named_sharding(layouts.mesh, layout, stacked)
 
 
-def shardings_of(state: TrainState) -> TrainState:
-    """The shardings of a state of ShapeDtypeStructs."""
+Tree = TypeVar("Tree", TrainState, Gathered)
+
+
+def shardings_of(state: Tree) -> Tree:
+    """The shardings of a tree of ShapeDtypeStructs."""
     return jax.tree.map(lambda leaf: leaf.sharding, state)
