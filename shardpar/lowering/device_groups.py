@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from shardpar.capture.segments import Segments
 from shardpar.capture.trace import Captured
+from shardpar.lowering.elsewhere import is_here
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.ready import Ready
 from shardpar.lowering.shardings import constrain, replicated
@@ -32,6 +33,7 @@ class GroupPrograms:
     Attributes:
       pipeline, number: which group of which pipeline.
       mesh, devices: where it is; the devices as numbers of the cluster.
+      is_here: whether any of its devices is this process's.
       stages: its stages' programs, by the stage's number.
       names: the parameters it holds.
       shapes: its part of the state, with shardings.
@@ -71,6 +73,7 @@ class GroupPrograms:
             for s, of_stage in layouts.items()
         }
         self.whole = replicated(self.mesh)
+        self.is_here = is_here(list(self.mesh.devices.flat))
         held = {name for s in self.stages for name in cut.stages[s].params} | set(orphans)
         self.names = tuple(name for name in captured.model.params if name in held)
         local = {name for s in self.stages for name in cut.stages[s].local}
@@ -168,6 +171,11 @@ class GroupPrograms:
     def gathered_shapes(self) -> Gathered:
         """ShapeDtypeStructs of what the group gathers in a step."""
         return Gathered(self._gradient_shapes(self.names), self._scalars(2), self.shapes.rest)
+
+    @property
+    def sums_shape(self) -> jax.ShapeDtypeStruct:
+        """Of [loss, weight, squares]."""
+        return self._scalars(3)
 
     @cached_property
     def finish(self) -> Ready:

@@ -23,6 +23,7 @@ from shardpar.capture.segments import Segments, segments
 from shardpar.capture.trace import Captured
 from shardpar.errors import CaptureError, PlanError
 from shardpar.lowering.device_groups import GroupPrograms
+from shardpar.lowering.elsewhere import absent, is_here, placed
 from shardpar.lowering.homes import Home, Homes, Move
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.options import ProgramOptions
@@ -81,6 +82,12 @@ class PipelinedProgram:
         self.captured, self.plan, self.options = captured, plan, options
         self.optimizer = optimizer
         self.devices = tuple(jax.devices() if devices is None else devices)
+        if not is_here(self.used_devices):
+            raise PlanError(
+                f"the plan uses devices {list(plan.devices)}, none of which belongs to process "
+                f"{jax.process_index()} of {jax.process_count()}; plan for all devices, or start "
+                "fewer processes"
+            )
         self.order = tasks(plan.pipelines)
         self.groups: list[GroupPrograms] = []
         self._of_stage: dict[tuple[int, int], GroupPrograms] = {}
@@ -182,7 +189,12 @@ class PipelinedProgram:
 
         The values depend on the seed only, not on the plan or the number of devices.
         """
-        return self.homes.joined([group.init(np.uint32(seed)) for group in self.groups])
+        return self.homes.joined(  # type: ignore[no-any-return]
+            [
+                group.init(np.uint32(seed)) if group.is_here else absent(group.shapes)
+                for group in self.groups
+            ]
+        )
 
     @property
     def used_devices(self) -> list[jax.Device]:
@@ -239,13 +251,14 @@ class PipelinedProgram:
                 out[-1].append({})
                 for s in range(len(pipeline.stages)):
                     out[-1][m][s] = {}
-                    for name, shape in self._of_stage[number, s].stages[s].batch.items():
+                    group = self._of_stage[number, s]
+                    if not group.is_here:
+                        continue
+                    for name, shape in group.stages[s].batch.items():
                         values.append(batch[name][rows])
                         targets.append(shape.sharding)
                         places.append((number, m, s, name))
-        for (number, m, s, name), array in zip(
-            places, jax.device_put(values, targets), strict=True
-        ):
+        for (number, m, s, name), array in zip(places, placed(values, targets), strict=True):
             out[number][m][s][name] = array
         return out
 
@@ -311,8 +324,10 @@ class PipelinedProgram:
             self.gathered_homes.split(new),
             strict=True,
         ):
-            grads = group.add.call(one.grads, other.grads)
-            parts.append(Gathered(grads, one.sums + other.sums, other.rest))
+            if group.is_here:
+                grads = group.add.call(one.grads, other.grads)
+                other = Gathered(grads, one.sums + other.sums, other.rest)
+            parts.append(other)
         return self.gathered_homes.joined(parts)  # type: ignore[no-any-return]
 
     def apply(
@@ -321,7 +336,10 @@ class PipelinedProgram:
         """The update of what was gathered; both are donated. Returns what `step` does."""
         parts = self.gathered_homes.split(gathered)
         # Every group has the sums of all; one of them counts.
-        stats = [part.sums if n == 0 else part.sums * 0 for n, part in enumerate(parts)]
+        stats = [
+            part.sums if n == 0 or not group.is_here else part.sums * 0
+            for n, (group, part) in enumerate(zip(self.groups, parts, strict=True))
+        ]
         return self._applied(
             self.homes.split(state), [p.grads for p in parts], stats, [p.rest for p in parts]
         )
@@ -334,15 +352,16 @@ class PipelinedProgram:
         for task in self.order:
             run.do(task)
         grads = [
-            group.finish.call(gathered)
+            group.finish.call(gathered) if group.is_here else absent(group.gathered_shapes.grads)
             for group, gathered in zip(self.groups, run.gathered, strict=True)
         ]
         if self._shared:
             self._sum_shared(grads)
         after = []
         for group, counters, local in zip(self.groups, run.counters, run.local, strict=True):
-            moved = group.advance.call(counters, self._all) if group.advance else {}
-            after.append({**moved, **local})
+            if group.is_here and group.advance:
+                counters = group.advance.call(counters, self._all)
+            after.append({**counters, **local})
         return grads, run.stats, after
 
     def _applied(
@@ -350,13 +369,17 @@ class PipelinedProgram:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         sums = [
             squares.call(of_group, {name: g[name] for name in names})
-            for (names, squares), of_group, g in zip(self._squares, stats, grads, strict=True)
+            if squares
+            else absent(group.sums_shape)
+            for group, (names, squares), of_group, g in zip(
+                self.groups, self._squares, stats, grads, strict=True
+            )
         ]
         sums = self._spread_sums(sums)
         metrics: dict[str, jax.Array] = {}
         after = []
         for group, *given in zip(self.groups, parts, grads, sums, rest, strict=True):
-            new, found = group.update.call(*given)
+            new, found = group.update.call(*given) if group.is_here else (given[0], {})
             after.append(new)
             metrics = metrics or found
         return self.homes.joined(after), metrics
@@ -385,7 +408,7 @@ class PipelinedProgram:
         return {name: home for name, home in homes.items() if len(home.groups) > 1}
 
     @cached_property
-    def _squares(self) -> list[tuple[list[str], Ready]]:
+    def _squares(self) -> list[tuple[list[str], Ready | None]]:
         """By group, the parameters whose squares it counts, each once, and what adds them."""
         first = {
             name: self.gathered_homes.leaves[f".grads['{name}']"].groups[0]
@@ -394,7 +417,7 @@ class PipelinedProgram:
         out = []
         for n, group in enumerate(self.groups):
             mine = [name for name in group.names if first[name] == n]
-            out.append((mine, group.squares(mine)))
+            out.append((mine, group.squares(mine) if group.is_here else None))
         return out
 
     @cached_property
@@ -441,20 +464,11 @@ class PipelinedProgram:
     @cached_property
     def routes(self) -> dict[tuple[int, int], list[Route]]:
         """Where each stage of each pipeline sends what it makes."""
-        out: dict[tuple[int, int], list[Route]] = {at: [] for at in self._of_stage}
-        for (number, s), group in self._of_stage.items():
-            stage = group.stages[s]
-            for sender in sorted({t for t, _ in stage.segment.received}):
-                sending = self._of_stage[number, sender].stages[sender]
-                puts = [i for i, (t, _) in enumerate(stage.segment.received) if t == sender]
-                takes = [sending.segment.sent.index(stage.segment.received[i][1]) for i in puts]
-                wire = Wire(
-                    [sending.sent[j] for j in takes],
-                    [stage.received[i] for i in puts],
-                    self.devices,
-                )
-                out[number, sender].append(Route(s, tuple(takes), tuple(puts), wire))
-        return out
+        return _routes({at: g.stages[at[1]] for at, g in self._of_stage.items()}, self.devices)
+
+    @cached_property
+    def _evaluation_routes(self) -> dict[tuple[int, int], list[Route]]:
+        return _routes({(0, s): stage for s, stage in self._evaluating.items()}, self.devices)
 
     @cached_property
     def routes_back(self) -> dict[tuple[int, int], list[Route]]:
@@ -491,24 +505,30 @@ class PipelinedProgram:
         """(loss sum, weight) of one micro-batch of the first pipeline, in Flax's eval mode."""
         require_batch(batch, self.captured.batch, self.pipeline.microbatch)
         parts = self.homes.split(state)
-        arrived: dict[tuple[int, Any], jax.Array] = {}
-        sums: list[jax.Array] = []
+        arrived: dict[int, dict[int, jax.Array]] = {s: {} for s in self._evaluating}
+        sums = [absent(g.gathered_shapes.sums) if not g.is_here else None for g in self.groups]
         for s, stage in self._evaluating.items():
             group = self._of_stage[0, s]
-            part = parts[self.groups.index(group)]
-            given = jax.device_put(
-                {name: batch[name] for name in stage.batch},
-                {name: shape.sharding for name, shape in stage.batch.items()},
-            )
-            received = [
-                rehomed_across(arrived[v], shape, self.devices)
-                for (_, v), shape in zip(stage.segment.received, stage.received, strict=True)
-            ]
-            weights = self._evaluation_weights[s](part.params)
-            sent, of_stage = stage.evaluate(weights, part.rest, given, received)
-            arrived.update(zip(stage.segment.sent, sent, strict=True))
-            sums.append(of_stage)
-        total = np.sum([np.asarray(x) for x in sums], axis=0)
+            n = self.groups.index(group)
+            if group.is_here:
+                names = list(stage.batch)
+                targets = [stage.batch[name].sharding for name in names]
+                given = dict(zip(names, placed([batch[x] for x in names], targets), strict=True))
+                received = [arrived[s][i] for i in range(len(stage.received))]
+                weights = self._evaluation_weights[s](parts[n].params)
+                sent, found = stage.evaluate(weights, parts[n].rest, given, received)
+                sums[n] = found if sums[n] is None else sums[n] + found
+            else:
+                sent = absent(stage.sent)
+            for route in self._evaluation_routes[0, s]:
+                moved = route.wire([sent[j] for j in route.takes])
+                arrived[route.to].update(zip(route.puts, moved, strict=True))
+        zeros = [
+            placed([np.zeros(2, np.float32)], [g.whole])[0] if x is None else x
+            for g, x in zip(self.groups, sums, strict=True)
+        ]
+        mine = next(n for n, group in enumerate(self.groups) if group.is_here)
+        total = self._spread_sums(zeros)[mine]
         return total[0], total[1]
 
     @cached_property
@@ -547,7 +567,10 @@ class _Step:
         self.program, self.batches = program, batches
         self.weights, self.gathered, self.stats, self.local, self.counters = [], [], [], [], []
         for group, part, variables in zip(program.groups, params, rest, strict=True):
-            weights, zeros, stats = group.prepare.call(part)
+            if group.is_here:
+                weights, zeros, stats = group.prepare.call(part)
+            else:
+                weights, zeros, stats = None, None, absent(group.gathered_shapes.sums)
             self.weights.append(weights)
             self.gathered.append(zeros)
             self.stats.append(stats)
@@ -571,6 +594,9 @@ class _Step:
     def _forward(self, task: Task, stage: StagePrograms, n: int) -> None:
         at = task.pipeline, task.stage, task.microbatch
         came = self.arrived.pop(at, {})
+        if not self.program.groups[n].is_here:
+            self._send(task, self.program.routes, self.arrived, absent(stage.sent))
+            return
         received = [came[i] for i in range(len(stage.received))]
         batch = self.batches[task.pipeline][task.microbatch][task.stage]
         local = {name: self.local[n][name] for name in stage.segment.local}
@@ -580,24 +606,35 @@ class _Step:
         )
         self.local[n].update(after)
         self.saved[at] = stage.saved_of(batch, received, sent, kept)
-        for route in self.program.routes[task.pipeline, task.stage]:
-            moved = route.wire([sent[j] for j in route.takes])
-            there = self.arrived.setdefault((task.pipeline, route.to, task.microbatch), {})
-            there.update(zip(route.puts, moved, strict=True))
+        self._send(task, self.program.routes, self.arrived, sent)
 
     def _backward(self, task: Task, stage: StagePrograms, n: int) -> None:
         at = task.pipeline, task.stage, task.microbatch
         came = self.returned.pop(at, {})
+        if not self.program.groups[n].is_here:
+            back = absent([stage.received[i] for i in stage.gives_back()])
+            self._send(task, self.program.routes_back, self.returned, back)
+            return
         cotangents = [came[j] for j in stage.takes_back()]
         self.gathered[n][task.stage], back = stage.backward.call(
             self.weights[n][task.stage], self.saved.pop(at), cotangents,
             self.gathered[n][task.stage],
         )  # fmt: skip
-        for route in self.program.routes_back[task.pipeline, task.stage]:
-            moved = route.wire([back[i] for i in route.takes])
-            there = self.returned.setdefault((task.pipeline, route.to, task.microbatch), {})
+        self._send(task, self.program.routes_back, self.returned, back)
+
+    def _send(
+        self,
+        task: Task,
+        routes: Mapping[tuple[int, int], list[Route]],
+        there: dict[tuple[int, int, int], dict[int, jax.Array]],
+        arrays: Sequence[jax.Array],
+    ) -> None:
+        for route in routes[task.pipeline, task.stage]:
+            moved = route.wire([arrays[i] for i in route.takes])
+            box = there.setdefault((task.pipeline, route.to, task.microbatch), {})
             for j, x in zip(route.puts, moved, strict=True):
-                there[j] = there[j] + x if j in there else x
+                # Several stages may have read one array: their gradients add up.
+                box[j] = box[j] + x if j in box and route.wire.arrives_here else x
 
 
 def require_batch(batch: Mapping[str, Any], shapes: Mapping[str, Any], sequences: int) -> None:
@@ -618,12 +655,20 @@ def require_batch(batch: Mapping[str, Any], shapes: Mapping[str, Any], sequences
             )
 
 
-def rehomed_across(
-    array: jax.Array, shape: jax.ShapeDtypeStruct, devices: Sequence[jax.Device]
-) -> jax.Array:
-    """An array moved from one stage to another."""
-    come = jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-    return Wire([come], [shape], devices)([array])[0]
+def _routes(
+    stages: Mapping[tuple[int, int], StagePrograms], devices: Sequence[jax.Device]
+) -> dict[tuple[int, int], list[Route]]:
+    out: dict[tuple[int, int], list[Route]] = {at: [] for at in stages}
+    for (number, s), stage in stages.items():
+        for sender in sorted({t for t, _ in stage.segment.received}):
+            sending = stages[number, sender]
+            puts = [i for i, (t, _) in enumerate(stage.segment.received) if t == sender]
+            takes = [sending.segment.sent.index(stage.segment.received[i][1]) for i in puts]
+            wire = Wire(
+                [sending.sent[j] for j in takes], [stage.received[i] for i in puts], devices
+            )
+            out[number, sender].append(Route(s, tuple(takes), tuple(puts), wire))
+    return out
 
 
 def _owners(

@@ -105,14 +105,26 @@ class StagePrograms:
         return jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, sharding=sharding or self.whole)
 
     def _order(self, min_run: int) -> list[Step | Again]:
-        """The equations of other stages first: they read only the batch and counters."""
-        program, segment = self.cut.program, self.segment
-        mine = steps(program, self.layouts.strategies, min_run, segment.positions)
-        # Counters of keys may come from this stage's own layers, between its own equations.
-        first = {(s if isinstance(s, int) else s.calls[0].position): s for s in mine}
-        everything = sorted([*first.items(), *((a.position, a) for a in segment.again)],
-                            key=lambda pair: pair[0])  # fmt: skip
-        return [step for _, step in everything]
+        """Equations of other stages come as soon as what they read is there.
+
+        Most read only the batch and counters and come first; a counter of keys may come from
+        one of this stage's own layers.
+        """
+        eqns = self.cut.program.closed.jaxpr.eqns
+        mine = steps(self.cut.program, self.layouts.strategies, min_run, self.segment.positions)
+        made: dict[Any, int] = {}
+        for n, step in enumerate(mine, 1):
+            at = [step] if isinstance(step, int) else [call.position for call in step.calls]
+            made.update((v, n) for position in at for v in eqns[position].outvars)
+        after: list[list[Step | Again]] = [[] for _ in range(len(mine) + 1)]
+        for again in self.segment.again:
+            n = max((made.get(v, 0) for v in again.inputs), default=0)
+            made.update(dict.fromkeys(again.outputs, n))
+            after[n].append(again)
+        out = after[0]
+        for step, then in zip(mine, after[1:], strict=True):
+            out += [step, *then]
+        return out
 
     def _weights(self) -> tuple[Weight, ...]:
         source = dict(

@@ -13,6 +13,7 @@ from functools import cached_property
 import jax
 from jax.sharding import NamedSharding
 
+from shardpar.lowering.elsewhere import absent, is_here
 from shardpar.lowering.shardings import group_of
 from shardpar.lowering.transfer import Transfer
 from shardpar.lowering.union import UnionArray
@@ -26,6 +27,7 @@ class Wire:
     Attributes:
       come: shapes and shardings of the arrays at the sender.
       go: of the same arrays at the receiver.
+      arrives_here: whether any of the receiver's devices is this process's.
     """
 
     def __init__(
@@ -36,14 +38,20 @@ class Wire:
     ) -> None:
         self.come, self.go, self.devices = tuple(come), tuple(go), tuple(devices)
         here = jax.process_index()
-        self._copies = all(d.process_index == here for d in devices) and all(
+        involved = [d for s in (*come, *go) for d in s.sharding.device_set]
+        self._copies = all(d.process_index == here for d in involved) and all(
             pieces_are_there(a.sharding, b.sharding, a.shape)
             for a, b in zip(self.come, self.go, strict=True)
         )
         self._targets = [b.sharding for b in self.go]
+        ends = [[d for s in side for d in s.sharding.device_set] for side in (self.come, self.go)]
+        self.arrives_here = is_here(ends[1])
+        self._passes_here = self.arrives_here or is_here(ends[0])
 
     def __call__(self, arrays: Sequence[jax.Array]) -> list[jax.Array]:
         """The arrays at the receiver; the copies run while the host goes on."""
+        if not self._passes_here:
+            return absent(self.go)  # type: ignore[no-any-return]
         if self._copies:
             return jax.device_put(list(arrays), self._targets)  # type: ignore[no-any-return]
         unions = [

@@ -350,6 +350,10 @@ def _require_apart(document: _Plan, file: File) -> None:
         for s, stage in enumerate(pipeline.stages):
             at = ("pipelines", p, "stages", s)
             for i, device in enumerate(stage.devices):
+                mine = owners.get(device, at)[:2] == at[:2]
+                if pipeline.schedule == "interleaved" and mine:
+                    owners.setdefault(device, at)
+                    continue
                 if device in owners:
                     raise file.error(
                         f"device {device} belongs to {_path(owners[device])} too; each device "

@@ -33,10 +33,10 @@ def _attempt(rng: random.Random, graph: LayerGraph, batch: int, devices: int) ->
     cuts = sorted(rng.sample(range(1, devices), count - 1))
     parts = [order[a:b] for a, b in zip([0, *cuts], [*cuts, devices], strict=True)]
     shares = _shares(rng, batch, count)
-    return Plan(
-        "random", batch,
-        tuple(_pipeline(rng, graph, part, share) for part, share in zip(parts, shares, strict=True)),
-    )  # fmt: skip
+    pipelines = [
+        _pipeline(rng, graph, part, share) for part, share in zip(parts, shares, strict=True)
+    ]
+    return Plan("random", batch, tuple(pipelines))
 
 
 def _shares(rng: random.Random, batch: int, count: int) -> list[int]:
@@ -44,9 +44,7 @@ def _shares(rng: random.Random, batch: int, count: int) -> list[int]:
     return [b - a for a, b in zip([0, *cuts], [*cuts, batch], strict=True)]
 
 
-def _pipeline(
-    rng: random.Random, graph: LayerGraph, devices: list[int], share: int
-) -> Pipeline:
+def _pipeline(rng: random.Random, graph: LayerGraph, devices: list[int], share: int) -> Pipeline:
     names = [layer.name for layer in graph.layers]
     microbatch = rng.choice([m for m in (1, 2, 4, 8) if share % m == 0])
     groups = rng.randint(1, min(4, len(devices), len(names) - 1))

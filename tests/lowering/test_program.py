@@ -247,7 +247,7 @@ def test_a_plan_with_two_stages_is_refused_in_words():
         Stage((1,), Mesh(), (LayerStrategy("blocks[1]..outside"),)),
     )
     plan = Plan("t", BATCH, (Pipeline(BATCH, BATCH, stages),))
-    with pytest.raises(PlanError, match="this version runs one pipeline of one stage"):
+    with pytest.raises(PlanError, match="makes programs of stages"):
         Program(captured(), plan, optax.adamw(RATE))
 
 

@@ -55,7 +55,10 @@ ONE = Stage((0,), Mesh(), ALL)
             lambda: Pipeline(8, 3, (ONE,)),
             "a pipeline's 8 sequences cannot be cut into micro-batches of 3; use a divisor of 8",
         ),
-        (lambda: Pipeline(8, 8, (ONE,), "zigzag"), "schedule is 'zigzag'; write 1f1b, gpipe or interleaved"),
+        (
+            lambda: Pipeline(8, 8, (ONE,), "zigzag"),
+            "schedule is 'zigzag'; write 1f1b, gpipe or interleaved",
+        ),
         (lambda: Pipeline(8, 8, ()), "a pipeline has no stages"),
         (lambda: Plan("x", 0, ()), "a plan has no pipelines; give it at least one"),
         (
@@ -73,6 +76,64 @@ def test_a_plan_that_contradicts_itself_is_refused(build, message):
         build()
     assert str(error.value) == message
     assert isinstance(error.value, PlanError) or "mesh has no axis" in message
+
+
+def on(*devices, mesh=None):
+    return Stage(devices, mesh or Mesh.factored(len(devices)), ALL)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (
+            (on(0), on(1)),
+            "an interleaved pipeline has 2 stages on 2 groups of devices; let stage s be on the "
+            "devices of stage s - 2, at least twice around, or write schedule: 1f1b",
+        ),
+        (
+            (on(0), on(1), on(0)),
+            "an interleaved pipeline has 3 stages on 2 groups of devices; let stage s be on the "
+            "devices of stage s - 2, at least twice around, or write schedule: 1f1b",
+        ),
+        (
+            (on(0), on(1), on(1), on(0)),
+            "an interleaved pipeline has 4 stages on 2 groups of devices; let stage s be on the "
+            "devices of stage s - 2, at least twice around, or write schedule: 1f1b",
+        ),
+        (
+            (on(0, 1), on(2), on(1, 0), on(2)),
+            "an interleaved pipeline has 4 stages on 3 groups of devices; let stage s be on the "
+            "devices of stage s - 3, at least twice around, or write schedule: 1f1b",
+        ),
+        (
+            (on(0, 1, 2, 3), on(0, 1, 2, 3, mesh=Mesh((("a", 4),)))),
+            "the stages on devices [0, 1, 2, 3] have meshes {a: 2, b: 2} and {a: 4}; give them "
+            "one mesh",
+        ),
+        (
+            (on(0), on(1), on(2)) * 2,
+            "an interleaved pipeline on 3 groups of devices has 8 micro-batches; use a multiple "
+            "of 3",
+        ),
+    ],
+)
+def test_an_interleaved_pipeline_goes_around_its_groups_of_devices(stages, message):
+    with pytest.raises(PlanError) as error:
+        Pipeline(8, 1, stages, "interleaved")
+    assert str(error.value) == message
+
+
+def test_groups_chunks_and_devices_of_an_interleaved_pipeline():
+    pipeline = Pipeline(8, 2, (on(4, 5), on(0)) * 3, "interleaved")
+    assert (pipeline.num_groups, pipeline.chunks, pipeline.num_microbatches) == (2, 3, 4)
+    plan = Plan("x", 10, (pipeline, Pipeline(2, 1, (on(6), on(7)))))
+    assert plan.devices == (4, 5, 0, 6, 7)
+    assert (plan.pipelines[1].num_groups, plan.pipelines[1].chunks) == (2, 1)
+
+
+def test_stages_that_share_devices_without_being_interleaved_are_refused():
+    with pytest.raises(PlanError, match=r"devices \[0, 1\] belong to more than one stage"):
+        Plan("x", 8, (Pipeline(8, 1, (on(0), on(1), on(0), on(1))),))
 
 
 def test_the_batch_is_split_by_all_axes_but_the_tensor_ones():

@@ -177,7 +177,8 @@ pipelines:
         ),
         (
             "1f1b", "1f2b",
-            "line 8: pipelines[0].schedule: invalid enum value '1f2b'; write 1f1b or gpipe",
+            "line 8: pipelines[0].schedule: invalid enum value '1f2b'; "
+            "write 1f1b, gpipe or interleaved",
         ),
         (
             "full", "everything",

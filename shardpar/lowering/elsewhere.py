@@ -1,0 +1,43 @@
+"""Arrays of other processes: known by shape and sharding, none of their pieces here.
+
+Every process runs the same controller and dispatches what its own devices do; for the rest
+it keeps these, so that all of them go through the same tasks in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+
+def is_here(devices: Sequence[jax.Device]) -> bool:
+    """Whether any of the devices is this process's."""
+    process = jax.process_index()
+    return any(device.process_index == process for device in devices)
+
+
+def absent(shapes: Any) -> Any:
+    """Arrays for a tree of ShapeDtypeStructs on devices of other processes.
+
+    >>> from jax.sharding import Mesh, PartitionSpec
+    >>> absent({})
+    {}
+    """
+    return jax.tree.map(
+        lambda s: jax.make_array_from_single_device_arrays(s.shape, s.sharding, [], dtype=s.dtype),
+        shapes,
+    )
+
+
+def placed(values: Sequence[Any], shardings: Sequence[NamedSharding]) -> list[jax.Array]:
+    """Host arrays, the same in every process, on devices; each process puts its own pieces."""
+    if all(s.is_fully_addressable for s in shardings):
+        return jax.device_put(list(values), list(shardings))  # type: ignore[no-any-return]
+    return [
+        jax.make_array_from_callback(np.shape(x), s, lambda index, x=x: np.asarray(x)[index])
+        for x, s in zip(values, shardings, strict=True)
+    ]
