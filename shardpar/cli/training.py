@@ -42,6 +42,7 @@ from shardpar.run.metrics import MetricsLog
 from shardpar.run.progress import Progress, clock_time
 from shardpar.run.report import write_report
 from shardpar.spec.cluster import Cluster
+from shardpar.spec.plan import Plan
 from shardpar.spec.text import plan_to_text
 from shardpar.train import compile as compilation
 from shardpar.train.data import TextData, load_text
@@ -277,14 +278,23 @@ def _introduce(
         f"{data.name}: {len(data.train):,} samples of {config.data.sequence_length} tokens, "
         f"{len(data.evaluation):,} for evaluation"
     )
+    several = len(planned.plan.pipelines) > 1 or len(pipeline.stages) > 1
     progress.say(
-        f"{len(stage.devices)} x {planned.cluster.kinds[0].name}: "
-        f"{describe(stage.layers[0], stage.mesh)}"
+        f"{len(planned.plan.devices)} x {planned.cluster.kinds[0].name}: "
+        + (f"stages {_stages(planned.plan)}, the first " if several else "")
+        + describe(stage.layers[0], stage.mesh)
         + (" and others" if len(stage.layers) > 1 else "")
-        + f"; global batch {planned.plan.global_batch} = {pipeline.num_microbatches} micro-batches "
-        f"of {pipeline.microbatch}"
+        + f"; global batch {planned.plan.global_batch} = "
+        + " + ".join(
+            f"{p.num_microbatches} micro-batches of {p.microbatch}" for p in planned.plan.pipelines
+        )
     )
     progress.say(f"run directory: {directory.path}")
+
+
+def _stages(plan: Plan) -> str:
+    """The devices of each stage, pipelines apart: "2+2 | 1+1+1"."""
+    return " | ".join("+".join(str(len(s.devices)) for s in p.stages) for p in plan.pipelines)
 
 
 def _sample(

@@ -27,7 +27,10 @@ PLANS = {
         "blocks[2] tensor=8 sequence_parallel=false; "
         "blocks[3] tensor=2 fsdp=2 zero1=2 recompute=selective; head tensor=1 zero1=8",
     ),
-}
+    "unequal pipelines of unequal stages": (
+        "--plan", str(ROOT / "tests" / "data" / "unequal_pipelines.yaml"),
+    ),
+}  # fmt: skip
 
 
 def twenty_steps(cwd: Path, *extra: str) -> list[float]:
