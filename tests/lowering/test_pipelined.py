@@ -126,6 +126,14 @@ def run_of(name):
     return trained(program_of(name))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_forgotten():
+    yield
+    for kept in (single, program_of, run_of):
+        kept.cache_clear()
+    jax.clear_caches()
+
+
 def host(leaf):
     if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
