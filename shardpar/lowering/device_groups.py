@@ -23,7 +23,13 @@ from shardpar.lowering.ready import Ready
 from shardpar.lowering.shardings import constrain, replicated
 from shardpar.lowering.stage_programs import Arrays, StagePrograms
 from shardpar.lowering.stages import StageLayouts
-from shardpar.lowering.state import Gathered, TrainState, gradient_sharding, shardings_of
+from shardpar.lowering.state import (
+    Gathered,
+    TrainState,
+    gradient_sharding,
+    shardings_of,
+    state_shapes,
+)
 from shardpar.lowering.update import updated
 
 
@@ -84,24 +90,8 @@ class GroupPrograms:
     @cached_property
     def shapes(self) -> TrainState:
         """ShapeDtypeStructs of the group's part of the state."""
-        model = self.captured.model
-        bare = {name: model.params[name] for name in self.names}
-
-        def on(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-        def place(path: Any, leaf: Any) -> Any:
-            keys = (k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey))
-            name = next(keys, None)
-            if name in bare and leaf.shape == bare[name].shape:
-                return on(leaf, gradient_sharding(name, self.layouts))
-            return on(leaf, self.whole)
-
-        return TrainState(
-            {name: on(leaf, self.layouts.stored(name)) for name, leaf in bare.items()},
-            jax.tree_util.tree_map_with_path(place, jax.eval_shape(self.optimizer.init, bare)),
-            {name: on(model.rest[name], self.whole) for name in self.rest_names},
-            jax.ShapeDtypeStruct((), jnp.int32, sharding=self.whole),
+        return state_shapes(
+            self.captured.model, self.optimizer, self.layouts, self.names, self.rest_names
         )
 
     def gradient_sharding(self, name: str) -> NamedSharding:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,32 +17,31 @@ import jax
 import numpy as np
 import optax
 
-from shardpar.capture.cut import CutProgram, cut
+from shardpar.capture.cut import CutProgram
 from shardpar.capture.segments import Segments, segments
 from shardpar.capture.trace import Captured
-from shardpar.errors import CaptureError, PlanError
+from shardpar.errors import PlanError
 from shardpar.lowering.device_groups import GroupPrograms
 from shardpar.lowering.elsewhere import absent, is_here, placed
 from shardpar.lowering.homes import Home, Homes, Move
 from shardpar.lowering.meshes import jax_mesh
+from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.ready import Ready
+from shardpar.lowering.routes import Routes, backwards, routes_of
 from shardpar.lowering.separable import require_separable
 from shardpar.lowering.stage_programs import Arrays, StagePrograms
 from shardpar.lowering.stages import StageLayouts
 from shardpar.lowering.state import Gathered, TrainState
+from shardpar.lowering.step_under_way import StepUnderWay
 from shardpar.lowering.transfer import Transfer
 from shardpar.lowering.union import UnionArray
-from shardpar.lowering.wires import Wire
 from shardpar.spec.check import check
 from shardpar.spec.layout import Group, Layout
-from shardpar.spec.plan import LayerStrategy, Plan
+from shardpar.spec.plan import LayerStrategy, Pipeline, Plan
 from shardpar.spec.reshard import Tensor, fuse
 from shardpar.spec.schedule import Task, tasks
 from shardpar.spec.select import strategies
-
-SHORTEST_LOOP = {"scan": 2, "auto": 8, "unroll": 1 << 30}
-"""Chains of at least so many equal layers become a loop, by the option `layers`."""
 
 
 class PipelinedProgram:
@@ -100,20 +98,6 @@ class PipelinedProgram:
         self._refuse_separate_variables()
         self.homes = Homes(self._whole_shapes(), [g.shapes for g in self.groups], self.devices)
 
-    def _traced(self, number: int, training: bool) -> CutProgram:
-        pipeline = self.plan.pipelines[number]
-        microbatch = {
-            name: jax.ShapeDtypeStruct((pipeline.microbatch, *leaf.shape[1:]), leaf.dtype)
-            for name, leaf in self.captured.batch.items()
-        }
-        return cut(
-            self.captured.model,
-            self.captured.loss,
-            microbatch,
-            compute_dtype=self.options.compute_dtype,
-            training=training,
-        )
-
     def _cut(self, number: int, training: bool = True) -> Segments:
         pipeline = self.plan.pipelines[number]
         stage_of = {
@@ -121,13 +105,14 @@ class PipelinedProgram:
             for s, stage in enumerate(pipeline.stages)
             for layer in strategies(stage, self.captured.graph)
         }
-        return segments(self._traced(number, training), stage_of)
+        program = traced(self.captured, pipeline, self.options, training=training)
+        return segments(program, stage_of)
 
     def _add_pipeline(self, number: int) -> None:
         pipeline, cut_ = self.plan.pipelines[number], self._cuts[number]
         read = {name for segment in cut_.stages for name in segment.params}
         orphans = [name for name in self.captured.model.params if name not in read]
-        shortest = SHORTEST_LOOP[self.options.layers]
+        shortest = shortest_loop(self.options)
         for g in range(pipeline.num_groups):
             layouts = self._layouts(number, range(g, len(pipeline.stages), pipeline.num_groups))
             group = GroupPrograms(
@@ -180,7 +165,7 @@ class PipelinedProgram:
         return np.int32(self._before[task.pipeline] + task.microbatch)
 
     @property
-    def pipeline(self) -> Any:
+    def pipeline(self) -> Pipeline:
         """The pipeline that evaluates: the first."""
         return self.plan.pipelines[0]
 
@@ -337,7 +322,9 @@ class PipelinedProgram:
         parts = self.gathered_homes.split(gathered)
         # Every group has the sums of all; one of them counts.
         stats = [
-            part.sums if n == 0 or not group.is_here else part.sums * 0
+            part.sums
+            if n == 0 or not group.is_here
+            else placed([np.zeros(2, np.float32)], [group.whole])[0]
             for n, (group, part) in enumerate(zip(self.groups, parts, strict=True))
         ]
         return self._applied(
@@ -348,7 +335,7 @@ class PipelinedProgram:
         self, params: list[Arrays], rest: list[Arrays], batch: Mapping[str, Any]
     ) -> tuple[list[Arrays], list[Any], list[Arrays]]:
         """By group: gradients summed over groups, its own [loss, weight], variables after."""
-        run = _Step(self, params, rest, self.place(batch))
+        run = StepUnderWay(self, params, rest, self.place(batch))
         for task in self.order:
             run.do(task)
         grads = [
@@ -462,34 +449,19 @@ class PipelinedProgram:
         return list(home.settled(union).arrays)
 
     @cached_property
-    def routes(self) -> dict[tuple[int, int], list[Route]]:
+    def routes(self) -> Routes:
         """Where each stage of each pipeline sends what it makes."""
-        return _routes({at: g.stages[at[1]] for at, g in self._of_stage.items()}, self.devices)
+        return routes_of({at: g.stages[at[1]] for at, g in self._of_stage.items()}, self.devices)
 
     @cached_property
-    def _evaluation_routes(self) -> dict[tuple[int, int], list[Route]]:
-        return _routes({(0, s): stage for s, stage in self._evaluating.items()}, self.devices)
+    def _evaluation_routes(self) -> Routes:
+        return routes_of({(0, s): stage for s, stage in self._evaluating.items()}, self.devices)
 
     @cached_property
-    def routes_back(self) -> dict[tuple[int, int], list[Route]]:
+    def routes_back(self) -> Routes:
         """Where each stage sends the gradients of what it received: back where it came from."""
-        out: dict[tuple[int, int], list[Route]] = {at: [] for at in self._of_stage}
-        for (number, sender), routes in self.routes.items():
-            for route in routes:
-                flows = self._of_stage[number, route.to].stages[route.to].gives_back()
-                pairs = [(i, j) for i, j in zip(route.puts, route.takes, strict=True) if i in flows]
-                if not pairs:
-                    continue
-                reader = self._of_stage[number, route.to].stages[route.to]
-                maker = self._of_stage[number, sender].stages[sender]
-                wire = Wire(
-                    [reader.received[i] for i, _ in pairs],
-                    [maker.sent[j] for _, j in pairs],
-                    self.devices,
-                )
-                takes = tuple(flows.index(i) for i, _ in pairs)
-                out[number, route.to].append(Route(sender, takes, tuple(j for _, j in pairs), wire))
-        return out
+        stages = {at: g.stages[at[1]] for at, g in self._of_stage.items()}
+        return backwards(self.routes, stages, self.devices)
 
     def compile(self) -> None:
         """Compiles all programs of the step, so that the first one takes no longer."""
@@ -534,7 +506,7 @@ class PipelinedProgram:
     @cached_property
     def _evaluating(self) -> dict[int, StagePrograms]:
         cut_ = self._cut(0, training=False)
-        shortest = SHORTEST_LOOP[self.options.layers]
+        shortest = shortest_loop(self.options)
         return {
             s: StagePrograms(
                 cut_, s, self._of_stage[0, s].stages[s].layouts, shortest,
@@ -546,129 +518,6 @@ class PipelinedProgram:
     @cached_property
     def _evaluation_weights(self) -> dict[int, Any]:
         return {s: jax.jit(stage.prepare) for s, stage in self._evaluating.items()}
-
-
-@dataclass(frozen=True)
-class Route:
-    """From one stage to another: which arrays to take, and which of the other's they are."""
-
-    to: int
-    takes: tuple[int, ...]
-    puts: tuple[int, ...]
-    wire: Wire
-
-
-class _Step:
-    """One step under way: what has arrived where, and what waits for its backward."""
-
-    def __init__(
-        self, program: PipelinedProgram, params: list[Arrays], rest: list[Arrays], batches: Any
-    ) -> None:
-        self.program, self.batches = program, batches
-        self.weights, self.gathered, self.stats, self.local, self.counters = [], [], [], [], []
-        for group, part, variables in zip(program.groups, params, rest, strict=True):
-            if group.is_here:
-                weights, zeros, stats = group.prepare.call(part)
-            else:
-                weights, zeros, stats = None, None, absent(group.gathered_shapes.sums)
-            self.weights.append(weights)
-            self.gathered.append(zeros)
-            self.stats.append(stats)
-            counters = set(group.cut.counters)
-            self.counters.append({n: x for n, x in variables.items() if n in counters})
-            self.local.append({n: x for n, x in variables.items() if n not in counters})
-        self.number = {id(group): n for n, group in enumerate(program.groups)}
-        self.arrived: dict[tuple[int, int, int], dict[int, jax.Array]] = {}
-        self.returned: dict[tuple[int, int, int], dict[int, jax.Array]] = {}
-        self.saved: dict[tuple[int, int, int], list[Any]] = {}
-
-    def do(self, task: Task) -> None:
-        """Dispatches one task and sends on what it makes."""
-        group = self.program.group_of(task)
-        stage, n = group.stages[task.stage], self.number[id(group)]
-        if task.kind == "forward":
-            self._forward(task, stage, n)
-        else:
-            self._backward(task, stage, n)
-
-    def _forward(self, task: Task, stage: StagePrograms, n: int) -> None:
-        at = task.pipeline, task.stage, task.microbatch
-        came = self.arrived.pop(at, {})
-        if not self.program.groups[n].is_here:
-            self._send(task, self.program.routes, self.arrived, absent(stage.sent))
-            return
-        received = [came[i] for i in range(len(stage.received))]
-        batch = self.batches[task.pipeline][task.microbatch][task.stage]
-        local = {name: self.local[n][name] for name in stage.segment.local}
-        k = self.program.counted_before(task)
-        sent, self.stats[n], after, kept = stage.forward.call(
-            self.weights[n][task.stage], self.counters[n], local, k, batch, received, self.stats[n]
-        )
-        self.local[n].update(after)
-        self.saved[at] = stage.saved_of(batch, received, sent, kept)
-        self._send(task, self.program.routes, self.arrived, sent)
-
-    def _backward(self, task: Task, stage: StagePrograms, n: int) -> None:
-        at = task.pipeline, task.stage, task.microbatch
-        came = self.returned.pop(at, {})
-        if not self.program.groups[n].is_here:
-            back = absent([stage.received[i] for i in stage.gives_back()])
-            self._send(task, self.program.routes_back, self.returned, back)
-            return
-        cotangents = [came[j] for j in stage.takes_back()]
-        self.gathered[n][task.stage], back = stage.backward.call(
-            self.weights[n][task.stage], self.saved.pop(at), cotangents,
-            self.gathered[n][task.stage],
-        )  # fmt: skip
-        self._send(task, self.program.routes_back, self.returned, back)
-
-    def _send(
-        self,
-        task: Task,
-        routes: Mapping[tuple[int, int], list[Route]],
-        there: dict[tuple[int, int, int], dict[int, jax.Array]],
-        arrays: Sequence[jax.Array],
-    ) -> None:
-        for route in routes[task.pipeline, task.stage]:
-            moved = route.wire([arrays[i] for i in route.takes])
-            box = there.setdefault((task.pipeline, route.to, task.microbatch), {})
-            for j, x in zip(route.puts, moved, strict=True):
-                # Several stages may have read one array: their gradients add up.
-                box[j] = box[j] + x if j in box and route.wire.arrives_here else x
-
-
-def require_batch(batch: Mapping[str, Any], shapes: Mapping[str, Any], sequences: int) -> None:
-    """Refuses a batch that is not what a program was made for.
-
-    Raises:
-      CaptureError: an array is missing.
-      PlanError: an array has another shape.
-    """
-    for name, spec in shapes.items():
-        if name not in batch:
-            raise CaptureError(f'the batch has no "{name}"; it has {", ".join(batch)}')
-        want = (sequences, *spec.shape[1:])
-        if tuple(batch[name].shape) != want:
-            raise PlanError(
-                f'batch["{name}"] has shape {tuple(batch[name].shape)}; this program was made for '
-                f"{want}"
-            )
-
-
-def _routes(
-    stages: Mapping[tuple[int, int], StagePrograms], devices: Sequence[jax.Device]
-) -> dict[tuple[int, int], list[Route]]:
-    out: dict[tuple[int, int], list[Route]] = {at: [] for at in stages}
-    for (number, s), stage in stages.items():
-        for sender in sorted({t for t, _ in stage.segment.received}):
-            sending = stages[number, sender]
-            puts = [i for i, (t, _) in enumerate(stage.segment.received) if t == sender]
-            takes = [sending.segment.sent.index(stage.segment.received[i][1]) for i in puts]
-            wire = Wire(
-                [sending.sent[j] for j in takes], [stage.received[i] for i in puts], devices
-            )
-            out[number, sender].append(Route(s, tuple(takes), tuple(puts), wire))
-    return out
 
 
 def _owners(

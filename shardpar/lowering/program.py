@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from shardpar.capture.cut import cut
 from shardpar.capture.trace import OUTSIDE, Captured
-from shardpar.errors import CaptureError, PlanError
+from shardpar.errors import PlanError
 from shardpar.lowering.homes import Homes
 from shardpar.lowering.meshes import jax_mesh
+from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.shardings import batch_sharding, constrain, replicated
 from shardpar.lowering.stages import Forward, StageLayouts, forward_program
@@ -34,9 +34,6 @@ from shardpar.lowering.update import updated
 from shardpar.spec.check import check
 from shardpar.spec.plan import LayerStrategy, Plan
 from shardpar.spec.select import strategies
-
-SCAN_FROM = 8
-"""With layers="auto", chains of so many equal layers become a loop."""
 
 
 class Program:
@@ -167,20 +164,11 @@ class Program:
           PlanError: if an array's first dim is not what the plan expects.
         """
         want = self.plan.global_batch if stacked else self.pipeline.microbatch
-        placed = {}
-        for name, spec in self.captured.batch.items():
-            if name not in batch:
-                raise CaptureError(f'the batch has no "{name}"; it has {", ".join(batch)}')
-            array = batch[name]
-            if array.shape[0] != want or tuple(array.shape[1:]) != tuple(spec.shape[1:]):
-                raise PlanError(
-                    f'batch["{name}"] has shape {tuple(array.shape)}; this program was made for '
-                    f"{(want, *spec.shape[1:])}"
-                )
-            if stacked:
-                shape = (self.pipeline.num_microbatches, self.pipeline.microbatch)
-                array = array.reshape(*shape, *array.shape[1:])
-            placed[name] = array
+        require_batch(batch, self.captured.batch, want)
+        placed = {name: batch[name] for name in self.captured.batch}
+        if stacked:
+            shape = (self.pipeline.num_microbatches, self.pipeline.microbatch)
+            placed = {name: x.reshape(*shape, *x.shape[1:]) for name, x in placed.items()}
         sharding = batch_sharding(self.mesh, self._data_axes, stacked=int(stacked))
         return jax.device_put(placed, sharding)
 
@@ -315,19 +303,8 @@ class Program:
         return jax.jit(evaluate, out_shardings=replicated(self.mesh))
 
     def _forward(self, training: bool) -> Forward:
-        microbatch = {
-            name: jax.ShapeDtypeStruct((self.pipeline.microbatch, *leaf.shape[1:]), leaf.dtype)
-            for name, leaf in self.captured.batch.items()
-        }
-        program = cut(
-            self.captured.model,
-            self.captured.loss,
-            microbatch,
-            compute_dtype=self.options.compute_dtype,
-            training=training,
-        )
-        shortest = {"scan": 2, "auto": SCAN_FROM, "unroll": 1 << 30}[self.options.layers]
-        return forward_program(program, self._layouts, shortest)
+        program = traced(self.captured, self.pipeline, self.options, training=training)
+        return forward_program(program, self._layouts, shortest_loop(self.options))
 
 
 def _owners(captured: Captured, chosen: Mapping[str, LayerStrategy]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import optax
 
 from shardpar.capture._compat import is_literal, levels
 from shardpar.errors import PlanError
+from shardpar.lowering.state import named_by
 
 
 def require_separable(optimizer: optax.GradientTransformation, params: Mapping[str, Any]) -> None:
@@ -57,12 +58,6 @@ a plan of one stage
                 "norm use the program's gradient_clip instead of optax.clip_by_global_norm, or "
                 "train with a plan of one stage"
             )
-
-
-def named_by(path: Any, names: Mapping[str, Any]) -> str:
-    """The parameter that a leaf of an optimizer's state belongs to; "" for none."""
-    keys = (k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey))
-    return next((key for key in keys if key in names), "")
 
 
 def _leaves(tree: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from shardpar.capture.model import AbstractModel
+from shardpar.capture.model import AbstractModel, told
+from shardpar.errors import PlanError
 from shardpar.lowering.shardings import named_sharding, replicated
 from shardpar.lowering.stages import StageLayouts
 from shardpar.spec.parameters import optimizer_layout
@@ -48,31 +50,60 @@ class Gathered:
 
 
 def state_shapes(
-    model: AbstractModel, optimizer: optax.GradientTransformation, layouts: StageLayouts
+    model: AbstractModel,
+    optimizer: optax.GradientTransformation,
+    layouts: StageLayouts,
+    params: Iterable[str] | None = None,
+    rest: Iterable[str] | None = None,
 ) -> TrainState:
-    """ShapeDtypeStructs of the whole state, each with its sharding: a target to restore into."""
+    """ShapeDtypeStructs of a state, each with its sharding: a target to restore into.
+
+    Args:
+      model: its parameters and other variables.
+      optimizer: whose state is part of it.
+      layouts: where everything lies.
+      params: of a group of devices that holds some parameters only; None takes all.
+      rest: the same of other variables.
+
+    Raises:
+      PlanError: the optimizer cannot be initialised for these parameters alone.
+    """
     whole = replicated(layouts.mesh)
+    held = {name: model.params[name] for name in (model.params if params is None else params)}
 
     def with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    params = {
-        name: with_sharding(leaf, layouts.stored(name)) for name, leaf in model.params.items()
-    }
-    shapes = jax.eval_shape(optimizer.init, model.params)
+    try:
+        shapes = jax.eval_shape(optimizer.init, held)
+    except (KeyError, TypeError, ValueError) as error:
+        if len(held) == len(model.params):
+            raise
+        raise PlanError(
+            "the optimizer cannot be initialised for some of the parameters "
+            f"({told(error)}), and stages have some each; let its masks and labels be functions "
+            "of the parameters, or train with a plan of one stage"
+        ) from error
 
     def place(path: Any, leaf: Any) -> Any:
-        name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey)), None)
-        if name in model.params and leaf.shape == model.params[name].shape:
+        name = named_by(path, held)
+        if name and leaf.shape == held[name].shape:
             return with_sharding(leaf, gradient_sharding(name, layouts))
         return with_sharding(leaf, whole)
 
+    variables = model.rest if rest is None else rest
     return TrainState(
-        params,
+        {name: with_sharding(leaf, layouts.stored(name)) for name, leaf in held.items()},
         jax.tree_util.tree_map_with_path(place, shapes),
-        {name: with_sharding(leaf, whole) for name, leaf in model.rest.items()},
+        {name: with_sharding(model.rest[name], whole) for name in variables},
         jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
     )
+
+
+def named_by(path: Any, names: Mapping[str, Any]) -> str:
+    """The parameter that a leaf of an optimizer's state belongs to; "" for none."""
+    keys = (k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey))
+    return next((key for key in keys if key in names), "")
 
 
 def gradient_sharding(name: str, layouts: StageLayouts, stacked: int = 0) -> NamedSharding:

@@ -20,8 +20,9 @@ from shardpar.config.model_source import load_model_source
 from shardpar.errors import PlanError
 from shardpar.lowering.lower import lower
 from shardpar.lowering.options import ProgramOptions
-from shardpar.lowering.pipelined import PipelinedProgram, _Step
+from shardpar.lowering.pipelined import PipelinedProgram
 from shardpar.lowering.program import Program
+from shardpar.lowering.step_under_way import StepUnderWay
 from shardpar.lowering.union import UnionArray
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.spec.mesh import Mesh
@@ -432,7 +433,7 @@ def test_evaluation_leaves_dropout_out_and_compiles_once():
 def most_saved(program, monkeypatch):
     """By pipeline and stage, for how many micro-batches activations wait at once."""
     most: dict[tuple[int, int], int] = {}
-    do = _Step.do
+    do = StepUnderWay.do
 
     def watched(step, task):
         do(step, task)
@@ -441,7 +442,7 @@ def most_saved(program, monkeypatch):
             most[pipeline, number] = max(now, most.get((pipeline, number), 0))
         watched.last = step
 
-    monkeypatch.setattr(_Step, "do", watched)
+    monkeypatch.setattr(StepUnderWay, "do", watched)
     program.step(program.init(0), batches(1)[0])
     monkeypatch.undo()
     left = watched.last

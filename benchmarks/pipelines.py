@@ -1,0 +1,131 @@
+"""What stage programs cost beyond their work: dispatch per action, and a step against one jit.
+
+    python -m benchmarks.pipelines [--json]
+
+Two stages of one virtual device each. The dispatch is that of a model so small that its work
+does not count; the step is in CPU-seconds of the whole process, interleaved with the same model
+as one jit on one device. Both train the same batches and must have the same losses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from models import gpt
+from shardpar.capture.trace import Captured, trace
+from shardpar.lowering.devices import use_virtual_devices
+from shardpar.lowering.pipelined import PipelinedProgram
+from shardpar.lowering.program import Program
+from shardpar.lowering.step_under_way import StepUnderWay
+from shardpar.spec.mesh import Mesh
+from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
+
+LENGTH, ROUNDS = 64, 9
+
+
+def captured(width: int, batch: int) -> Captured:
+    sizes = gpt.GPTOptions(vocab_size=256, layers=4, width=width, heads=4, max_length=LENGTH)
+    tokens = jax.ShapeDtypeStruct((batch, LENGTH), jnp.int32)
+    return trace(
+        gpt.loss, lambda rngs: gpt.build(sizes, rngs), {"inputs": tokens, "targets": tokens}
+    )
+
+
+def plan_of(batch: int, microbatch: int, *runs: str, devices: int = 1) -> Plan:
+    stages = []
+    for number, run in enumerate(runs):
+        first = number * devices
+        mesh = Mesh.factored(devices)
+        stages.append(Stage(tuple(range(first, first + devices)), mesh, (LayerStrategy(run),)))
+    return Plan("bench", batch, (Pipeline(batch, microbatch, tuple(stages)),))
+
+
+def batch_of(batch: int) -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    names = ("inputs", "targets")
+    return {n: random.integers(0, 256, (batch, LENGTH)).astype(np.int32) for n in names}
+
+
+def dispatch_ms(devices: int, batch: int = 64) -> float:
+    """Median milliseconds of host time per action, of a model whose work does not count."""
+    halves = ("embed..blocks[1]", "blocks[2]..outside")
+    program = PipelinedProgram(
+        captured(16, batch), plan_of(batch, devices, *halves, devices=devices), optax.sgd(1e-3)
+    )
+    state, rows = program.init(0), batch_of(batch)
+    seen = []
+    for _ in range(ROUNDS):
+        parts = program.homes.split(state)
+        run = StepUnderWay(
+            program, [p.params for p in parts], [p.rest for p in parts], program.place(rows)
+        )
+        jax.block_until_ready(run.weights)
+        start = time.perf_counter()
+        for task in program.order:
+            run.do(task)
+        seen.append((time.perf_counter() - start) / len(program.order))
+        jax.block_until_ready(run.gathered)
+        state, _ = program.step(state, rows)
+    return 1e3 * statistics.median(seen)
+
+
+def step_cpu_s(step: Callable[[Any, Any], Any], state: Any, rows: Any) -> tuple[Any, float, float]:
+    start = time.process_time()
+    state, metrics = step(state, rows)
+    jax.block_until_ready((state, metrics))
+    return state, time.process_time() - start, float(metrics["loss"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    use_virtual_devices(8)
+    out: dict[str, Any] = {
+        "dispatch_ms_1_device": round(dispatch_ms(1), 3),
+        "dispatch_ms_2_devices": round(dispatch_ms(2), 3),
+    }
+    batch, microbatch = 16, 2
+    source = captured(256, batch)
+    piped = PipelinedProgram(
+        source, plan_of(batch, microbatch, "embed..blocks[1]", "blocks[2]..outside"),
+        optax.sgd(1e-3),
+    )  # fmt: skip
+    one = Program(source, plan_of(batch, microbatch, "embed..outside"), optax.sgd(1e-3))
+    piped.compile()
+    one.compile()
+    states, rows = [piped.init(0), one.init(0)], batch_of(batch)
+    times: list[list[float]] = [[], []]
+    for turn in range(ROUNDS):
+        losses = []
+        for n, step in enumerate((piped.step, one.step)):
+            states[n], cpu_s, loss = step_cpu_s(step, states[n], rows)
+            losses.append(loss)
+            if turn:
+                times[n].append(cpu_s)
+        assert abs(losses[0] / losses[1] - 1) < 1e-5, losses
+    ratios = [a / b for a, b in zip(*times, strict=True)]
+    out |= {
+        "stage_programs_cpu_s": round(statistics.median(times[0]), 3),
+        "one_jit_cpu_s": round(statistics.median(times[1]), 3),
+        "ratio": round(statistics.median(ratios), 3),
+    }
+    if args.json:
+        print(json.dumps(out))
+    else:
+        for name, value in out.items():
+            print(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    main()
