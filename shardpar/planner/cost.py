@@ -9,7 +9,7 @@ state, plus what the forward saves for the backward, plus the largest scratch.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from shardpar.planner.profile import Rates
 from shardpar.planner.setting import Setting, Workload, setting_of
@@ -82,7 +82,8 @@ class StageCost:
       microbatch_s: one micro-batch, with its part of the update.
       forward_s, backward_s: one micro-batch one way, without update and arrival.
       update_s, cross_s: once a step, as in LayerCost.
-      peak_bytes: state_bytes + saved_bytes + scratch_bytes.
+      peak_bytes: state_bytes + saved_bytes + scratch_bytes; where a group of devices holds
+        several stages, of all of them.
       saved_bytes: of all micro-batches in flight.
       moves_s: of microbatch_s, changes of layout between layers.
       sent_s: of microbatch_s, receiving activations from the stage before and sending gradients.
@@ -118,6 +119,8 @@ def plan_cost(plan: Plan, graph: LayerGraph, cluster: Cluster, workload: Workloa
 
     A pipeline of stages that take t seconds a micro-batch is priced as
     sum(t) + (m - 1) * max(t) for m micro-batches; the slowest pipeline is the plan's step.
+    Where groups hold several stages, the group that is busy longest does all its stages m
+    times, and waits for one stage of each other group.
 
     Args:
       plan: as checked by `spec.check`.
@@ -132,10 +135,30 @@ def plan_cost(plan: Plan, graph: LayerGraph, cluster: Cluster, workload: Workloa
         for number in range(len(pipeline.stages)):
             setting = setting_of(plan, pipeline, pipeline.stages[number], graph, cluster, workload)
             costs.append(stage_cost(pipeline, number, graph, setting))
-        times = [cost.microbatch_s for cost in costs]
-        steps_s.append(math.fsum(times) + (pipeline.num_microbatches - 1) * max(times))
-        stages += costs
+        steps_s.append(_pipeline_s(pipeline, [cost.microbatch_s for cost in costs]))
+        stages += _together(pipeline, costs)
     return PlanCost(max(steps_s), max(cost.peak_bytes for cost in stages), tuple(stages))
+
+
+def _pipeline_s(pipeline: Pipeline, times: list[float]) -> float:
+    groups = pipeline.num_groups
+    busy = [math.fsum(times[g::groups]) for g in range(groups)]
+    longest = max(range(groups), key=busy.__getitem__)
+    waits = math.fsum(max(times[g::groups]) for g in range(groups) if g != longest)
+    return pipeline.num_microbatches * busy[longest] + waits
+
+
+def _together(pipeline: Pipeline, costs: list[StageCost]) -> list[StageCost]:
+    """The stages of a group share its memory: each has the peak of all of them."""
+    groups = pipeline.num_groups
+    if pipeline.chunks == 1:
+        return costs
+    peaks = [
+        math.fsum(c.state_bytes + c.saved_bytes for c in costs[g::groups])
+        + max(c.scratch_bytes for c in costs[g::groups])
+        for g in range(groups)
+    ]
+    return [replace(cost, peak_bytes=peaks[s % groups]) for s, cost in enumerate(costs)]
 
 
 def stage_cost(pipeline: Pipeline, number: int, graph: LayerGraph, setting: Setting) -> StageCost:
@@ -165,7 +188,10 @@ def stage_cost(pipeline: Pipeline, number: int, graph: LayerGraph, setting: Sett
         first = next(graph.class_of(x) for x in graph.layers if x.name == layers[0][0])
         link = setting.cluster.link_among((*source, *setting.devices))
         sent_s = arrival_s(first, source, link, setting)
-    in_flight = held(pipeline.schedule, len(pipeline.stages), number, count)
+    groups = pipeline.num_groups
+    in_flight = held(
+        pipeline.schedule, groups, number % groups, count, pipeline.chunks, number // groups
+    )
     state = math.fsum(c.state_bytes for c in costs)
     saved = in_flight * math.fsum(c.saved_bytes for c in costs)
     scratch = max(c.scratch_bytes for c in costs)

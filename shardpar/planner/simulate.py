@@ -92,7 +92,7 @@ def simulate(plan: Plan, cost: PlanCost) -> Timeline:
         for s, stage in enumerate(pipeline.stages)
     }
     busy = sum((e.end_s - e.start_s) * sizes[e.pipeline, e.stage] for e in events)
-    bubble = 1 - busy / (step_s * sum(sizes.values())) if step_s else 0.0
+    bubble = 1 - busy / (step_s * len(plan.devices)) if step_s else 0.0
     return Timeline(
         tuple(sorted(events, key=lambda e: (e.start_s, e.pipeline, e.stage))), step_s, bubble
     )

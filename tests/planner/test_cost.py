@@ -188,6 +188,23 @@ def test_each_stage_holds_the_activations_of_its_microbatches_in_flight(schedule
     assert cost.peak_bytes == max(stage.peak_bytes for stage in cost.stages)
 
 
+def test_a_group_with_several_stages_holds_all_of_them_and_waits_for_one_of_each_other():
+    runs = ("embed..blocks[0]", "blocks[1]", "blocks[2]", "blocks[3]..outside")
+    stages = tuple(Stage((s % 2,), Mesh(), (LayerStrategy(run),)) for s, run in enumerate(runs))
+    plan = Plan("hand", 8, (Pipeline(8, 2, stages, "interleaved"),))
+    cost = plan_cost(plan, gpt(), cluster_of(2), ADAM)
+    assert cost.peak_bytes == max(stage.peak_bytes for stage in cost.stages)
+    for group in (0, 1):
+        mine = cost.stages[group::2]
+        held = sum(stage.state_bytes + stage.saved_bytes for stage in mine)
+        fullest = held + max(stage.scratch_bytes for stage in mine)
+        assert [stage.peak_bytes for stage in mine] == pytest.approx([fullest] * 2)
+    times = [stage.microbatch_s for stage in cost.stages]
+    first, second = times[0] + times[2], times[1] + times[3]
+    others = max(times[1], times[3]) if first > second else max(times[0], times[2])
+    assert cost.step_s == pytest.approx(4 * max(first, second) + others)
+
+
 def test_fsdp_needs_room_for_the_gathered_weights_and_their_gradient():
     layer = only(priced(one_layer(UP), 8, fsdp=("a", "b", "c")))
     assert layer.scratch_bytes == 2 * 4 * (UP.size - UP.size / 8)

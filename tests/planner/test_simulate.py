@@ -66,6 +66,19 @@ def test_equal_stages_take_m_plus_s_minus_1_turns(schedule, count, depth, forwar
     assert timeline.bubble == pytest.approx((depth - 1) / turns, abs=1e-9)
 
 
+@given(st.integers(1, 3), st.integers(2, 4), st.integers(2, 3), st.floats(0.1, 3))
+def test_interleaved_stages_wait_for_one_stage_of_each_other_group(rounds, groups, chunks, seconds):
+    count = rounds * groups
+    stages = tuple(
+        Stage((s % groups,), Mesh(), (LayerStrategy(f"l{s}"),)) for s in range(groups * chunks)
+    )
+    plan = Plan("hand", count, (Pipeline(count, 1, stages, "interleaved"),))
+    timeline = simulate(plan, PlanCost(0.0, 0.0, (stage_of(seconds, 2 * seconds),) * len(stages)))
+    turns = count * chunks + groups - 1
+    assert timeline.step_s == pytest.approx(turns * 3 * seconds)
+    assert timeline.bubble == pytest.approx((groups - 1) / turns, abs=1e-9)
+
+
 def test_two_stages_with_a_transfer_are_those_drawn_by_hand():
     # A transfer takes 1 s each way (sent_s has both), forwards 2 and 3 s, backwards 4 and 6 s:
     #
