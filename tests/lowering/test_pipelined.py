@@ -548,13 +548,16 @@ def test_fifty_more_random_plans_train_twenty_steps_like_one_device(seed):
     jax.clear_caches()
 
 
-def test_what_a_forward_keeps_does_not_grow_with_the_parameters():
-    def kept_bytes(vocab):
-        source = captured(layers=3, width=32, vocab_size=vocab, tied=False)
-        first = PipelinedProgram(source, pair(1), optax.sgd(1e-3)).groups[0].stages[0]
-        return sum(a.size * a.dtype.itemsize for a in first._traced.kept)
-
-    assert kept_bytes(64) == kept_bytes(4096)
+def test_an_optimizer_that_needs_all_parameters_at_once_is_refused_in_words():
+    source = captured(**SIZES)
+    labels = dict.fromkeys(source.model.params, "one")
+    fixed = optax.multi_transform({"one": optax.sgd(0.1)}, labels)
+    with pytest.raises(PlanError, match="let its masks and labels be functions of the parameters"):
+        PipelinedProgram(source, pair(), fixed)
+    whole = optax.multi_transform(
+        {"one": optax.sgd(0.1)}, lambda params: dict.fromkeys(params, "one")
+    )
+    PipelinedProgram(source, pair(), whole)
 
 
 def test_a_checkpoint_brings_every_copy_back_bit_for_bit(tmp_path):
