@@ -144,8 +144,9 @@ def _pipeline_s(pipeline: Pipeline, times: list[float]) -> float:
     groups = pipeline.num_groups
     busy = [math.fsum(times[g::groups]) for g in range(groups)]
     longest = max(range(groups), key=busy.__getitem__)
-    waits = math.fsum(max(times[g::groups]) for g in range(groups) if g != longest)
-    return pipeline.num_microbatches * busy[longest] + waits
+    waits = [max(times[g::groups]) for g in range(groups) if g != longest]
+    # Added up as the search does, so that a plan's step is not a bit below its certified bound.
+    return math.fsum([busy[longest], *waits]) + (pipeline.num_microbatches - 1) * busy[longest]
 
 
 def _together(pipeline: Pipeline, costs: list[StageCost]) -> list[StageCost]:
