@@ -1,6 +1,8 @@
 """Unequal pipelines on 16 fast and 32 slow GPUs against the best uniform plans, in the simulator.
 
     python -m benchmarks.planner_unequal
+    python -m benchmarks.planner_unequal --context 1      # sequences may not be split
+    python -m benchmarks.planner_unequal --pipelines 2    # two pipelines or more
 
 The cluster is that of Hetu's HSPMD paper (configs/clusters/h800x16-h20x32.yaml), the model a
 LLaMA of 33 billion parameters, 64 sequences of 4,096 tokens a step. "Uniform" is what a planner
@@ -106,12 +108,17 @@ def best_uniform(
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--context", type=int, help="pin the degree to which sequences are split")
+    parser.add_argument("--pipelines", type=int, help="1 for one pipeline, 2 for several")
+    args = parser.parse_args()
     graph = llama_graph(BATCH, LENGTH, layers=60, width=6656, heads=52, mlp_width=17920)
     cluster = cluster_from_text(CLUSTER.read_text(), str(CLUSTER))
     work = Workload(BATCH, graph.compute_dtype)
     start = time.process_time()
-    found = search(graph, cluster, work, SearchOptions())
+    found = search(
+        graph, cluster, work, SearchOptions(context=args.context, pipelines=args.pipelines)
+    )
     cpu_s = time.process_time() - start
     ours = found.simulated_s
     print(plan_to_text(found.plan))
