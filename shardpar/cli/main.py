@@ -17,6 +17,7 @@ import typer
 from shardpar.cli.doctor import doctor
 from shardpar.cli.explain import explain
 from shardpar.cli.generate import generate
+from shardpar.cli.launch import launch
 from shardpar.cli.plan import plan
 from shardpar.cli.profile import profile
 from shardpar.cli.reshard import reshard
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 for verb in (train, plan, explain, reshard, generate, doctor):
     app.command()(verb)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 app.add_typer(profile, name="profile")
 
 

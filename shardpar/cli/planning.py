@@ -31,7 +31,7 @@ from shardpar.config.model_source import build_options, find_model, load_model_s
 from shardpar.config.schema import RunConfig
 from shardpar.errors import ConfigError, UserError
 from shardpar.lowering.collectives import collectives
-from shardpar.lowering.devices import local_cluster, use_virtual_devices
+from shardpar.lowering.devices import local_cluster, roomy_thread_pool, use_virtual_devices
 from shardpar.lowering.lower import AnyProgram
 from shardpar.lowering.lower import lower as lower_plan
 from shardpar.lowering.target import Target, prepare_environment, single, target_of
@@ -41,7 +41,9 @@ from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import simulate
 from shardpar.planner.trace_export import perfetto_trace
 from shardpar.planner.traffic import predicted_collectives
+from shardpar.run.peers import Peers, meet
 from shardpar.run.progress import Progress
+from shardpar.run.rendezvous import Rendezvous
 from shardpar.spec.check import check
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.plan import Plan
@@ -74,10 +76,18 @@ class Planned:
         )
 
 
-def use_devices(devices: int | None) -> None:
-    """Chooses jax's backend before it starts, and turns the compilation cache on."""
+def use_devices(devices: int | None, where: Rendezvous | None = None) -> Peers:
+    """Chooses jax's backend before it starts, and turns the compilation cache on.
+
+    Args:
+      devices: virtual CPU devices of this process; None takes those that are there.
+      where: to meet the other processes.
+    """
     if devices is not None:
         use_virtual_devices(devices)
+    elif where is not None:
+        roomy_thread_pool()
+    peers = meet(where)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "shardpar" / "xla"))
@@ -90,6 +100,7 @@ def use_devices(devices: int | None) -> None:
         raise UserError(
             f"jax finds no device: {reason}; unset JAX_PLATFORMS, or see `shardpar doctor`"
         ) from None
+    return peers
 
 
 def capture(
@@ -121,7 +132,12 @@ def capture_aloud(config: RunConfig, device: Any = None) -> Captured:
 
 
 def make_plan(
-    config: RunConfig, captured: Captured, cluster: Cluster | None, *, one_stage: bool = False
+    config: RunConfig,
+    captured: Captured,
+    cluster: Cluster | None,
+    *,
+    one_stage: bool = False,
+    plan: Plan | None = None,
 ) -> Planned:
     """Reads the config's plan file, or searches.
 
@@ -130,12 +146,13 @@ def make_plan(
       captured: the model.
       cluster: the machines; None takes the devices at hand.
       one_stage: the plan is to be compiled as one program, which has one stage.
+      plan: one that was made elsewhere, to be priced here.
     """
     machines = cluster or local_cluster()
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     work = compilation.workload(captured, optimizer, config.program, config.train.global_batch)
     limit = memory_limit(machines, config.plan)
-    if config.plan.file is None:
+    if plan is None and config.plan.file is None:
         options = config.plan
         if one_stage and options.stages is None:
             options = replace(options, stages=1)
@@ -150,7 +167,9 @@ def make_plan(
             limit,
             config.plan.memory_fraction,
         )
-    plan = compilation.read_plan(config.plan.file, captured.graph)
+    if plan is None:
+        assert config.plan.file is not None
+        plan = compilation.read_plan(config.plan.file, captured.graph)
     if plan.global_batch != config.train.global_batch:
         raise ConfigError(
             f"{config.plan.file}: global_batch is {plan.global_batch}, but train.global_batch is "

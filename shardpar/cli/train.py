@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from shardpar.cli.arguments import ConfigAndOverrides, Devices, Json, PlanFile, read_config
 from shardpar.cli.later import later
 from shardpar.errors import UserError
+from shardpar.run.rendezvous import find
 
 
 def train(
@@ -22,6 +24,20 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option("--resume", metavar="DIR", help="Go on with a run, with its own config."),
+    ] = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(
+            "--coordinator",
+            metavar="HOST:PORT",
+            help="With several processes, where process 0 listens; launchers say it by themselves.",
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option("--processes", min=1, help="How many processes train together.")
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option("--process", min=0, help="Which of them this one is, from 0.")
     ] = None,
     json: Json = False,
     dry_run: Annotated[
@@ -39,7 +55,10 @@ def train(
         shardpar train configs/gpt.gin --devices 8 plan.fsdp=4 plan.tensor=2
 
         shardpar train --resume runs/gpt
+
+        shardpar train configs/gpt.gin --coordinator node1:1234 --processes 2 --process 0
     """
+    where = find(os.environ, coordinator, processes, process)
     if resume is not None:
         if run_dir is not None or any(text.startswith("train.run_dir=") for text in config or ()):
             raise UserError(
@@ -52,8 +71,8 @@ def train(
                 f"write: shardpar train {config[0]} --run-dir {resume}"
             )
         later("training").resume(
-            resume, config, devices=devices, plan=plan, json=json, dry_run=dry_run
+            resume, config, devices=devices, where=where, plan=plan, json=json, dry_run=dry_run
         )
         return
     loaded, name = read_config(config, {"plan.file": plan, "train.run_dir": run_dir})
-    later("training").train(loaded, name, devices=devices, json=json, dry_run=dry_run)
+    later("training").train(loaded, name, devices=devices, where=where, json=json, dry_run=dry_run)

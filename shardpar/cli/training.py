@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime
+from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,6 @@ from shardpar.cli.planning import (
     Planned,
     capture,
     capture_aloud,
-    lower,
     make_plan,
     show_plan,
     use_devices,
@@ -33,22 +34,26 @@ from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import RunConfig
 from shardpar.errors import ConfigError, RunError, UserError
 from shardpar.lowering.devices import local_cluster
-from shardpar.lowering.lower import AnyProgram
+from shardpar.lowering.switch import Programs
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
 from shardpar.run.durable import write_atomically
 from shardpar.run.environment import describe_environment
-from shardpar.run.metrics import MetricsLog
+from shardpar.run.metrics import MetricsLog, Unwritten
+from shardpar.run.peers import Peers
 from shardpar.run.progress import Progress, clock_time
+from shardpar.run.rendezvous import Rendezvous
 from shardpar.run.report import write_report
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.plan import Plan
-from shardpar.spec.text import plan_to_text
+from shardpar.spec.text import plan_from_text, plan_to_text
 from shardpar.train import compile as compilation
+from shardpar.train.changes import PlanChanges, read_schedule
 from shardpar.train.data import TextData, load_text
 from shardpar.train.generate import generate as sample_tokens
-from shardpar.train.loop import Outcome, Surroundings, require_vocabulary
+from shardpar.train.loop import PLAN, Outcome, Surroundings, require_vocabulary
 from shardpar.train.loop import train as run_loop
+from shardpar.train.optimizer import make_optimizer
 
 MODEL = "model.py"
 """The model's source, kept to see whether it was changed between two sessions."""
@@ -56,11 +61,19 @@ MODEL = "model.py"
 _PINS = ("file", "data", "fsdp", "tensor", "sequence_parallel", "recompute", "microbatch")
 
 
-def train(config: RunConfig, name: str, *, devices: int | None, json: bool, dry_run: bool) -> None:
+def train(
+    config: RunConfig,
+    name: str,
+    *,
+    devices: int | None,
+    where: Rendezvous | None,
+    json: bool,
+    dry_run: bool,
+) -> None:
     """`shardpar train`."""
-    use_devices(devices)
+    peers = use_devices(devices, where)
     given = config.train.run_dir
-    _begin(config, name, Path(given) if given else None, json=json, dry_run=dry_run)
+    _begin(config, name, Path(given) if given else None, peers, json=json, dry_run=dry_run)
 
 
 def resume(
@@ -68,12 +81,13 @@ def resume(
     overrides: Sequence[str] | None,
     *,
     devices: int | None,
+    where: Rendezvous | None,
     plan: str | None,
     json: bool,
     dry_run: bool,
 ) -> None:
     """`shardpar train --resume`: the run's own config, with overrides."""
-    use_devices(devices)
+    peers = use_devices(devices, where)
     directory = RunDirectory.existing(Path(path))
     given = list(overrides or ())
     if (
@@ -87,10 +101,12 @@ def resume(
         [str(directory.config_yaml), *given],
         {"train.run_dir": str(directory.path), "plan.file": plan},
     )
-    _begin(config, directory.path.name, directory.path, json=json, dry_run=dry_run)
+    _begin(config, directory.path.name, directory.path, peers, json=json, dry_run=dry_run)
 
 
-def _begin(config: RunConfig, name: str, path: Path | None, *, json: bool, dry_run: bool) -> None:
+def _begin(
+    config: RunConfig, name: str, path: Path | None, peers: Peers, *, json: bool, dry_run: bool
+) -> None:
     if path is not None and RunDirectory(path).config_yaml.is_file():
         config = _same_run(config, RunDirectory(path))
     else:
@@ -104,12 +120,20 @@ def _begin(config: RunConfig, name: str, path: Path | None, *, json: bool, dry_r
     if dry_run:
         captured = capture_aloud(config)
         followed = RunDirectory(path) if path else None
-        show_plan(_plan_to_follow(config, captured, followed, machines))
+        planned = _plan_to_follow(config, captured, followed, machines)
+        if peers.is_first:
+            show_plan(planned)
         return
-    directory = RunDirectory(path) if path else RunDirectory.fresh(name, datetime.now())
+    if path is None:
+        path = Path(peers.decide("run directory", lambda: str(_fresh(name))))
+    directory = RunDirectory(path)
     config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
-    with _signals() as should_stop, Progress() as progress:
-        _train(config, name, directory, machines, progress, should_stop, json=json)
+    with _signals() as should_stop, Progress(quiet=not peers.is_first) as progress:
+        _train(config, name, directory, machines, peers, progress, should_stop, json=json)
+
+
+def _fresh(name: str) -> Path:
+    return RunDirectory.fresh(name, datetime.now()).path
 
 
 def _machines(config: RunConfig) -> Cluster:
@@ -142,6 +166,7 @@ def _train(
     name: str,
     directory: RunDirectory,
     machines: Cluster,
+    peers: Peers,
     progress: Progress,
     should_stop: Callable[[], bool],
     *,
@@ -158,24 +183,32 @@ def _train(
         captured = capture(config)
     for warning in captured.warnings:
         progress.say(f"note: {warning}")
-    planned = _plan_to_follow(config, captured, directory, machines)
-    program = lower(config, planned)
+    planned = _planned_together(config, captured, directory, machines, peers)
+    schedule = read_schedule(
+        config.train.plan_schedule, captured, config.train.global_batch, machines.num_devices
+    )
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    programs = Programs(captured, optimizer, config.program)
+    texts = _texts(config, planned, schedule, data)
+    peers.agree("plan, config, data or code", _digest(texts, data))
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
-            Checkpoints(directory.checkpoints, config.checkpoint, notify=progress.say)
+            Checkpoints(directory.checkpoints, config.checkpoint, notify=progress.say, peers=peers)
         )
-        texts = _texts(config, planned, data)
-        _note_changed_model(texts[MODEL], directory, progress)
-        metrics = stack.enter_context(
-            MetricsLog(
-                directory.metrics,
-                tensorboard=directory.tensorboard,
-                stdout=sys.stdout if json else None,
+        metrics: MetricsLog | Unwritten = Unwritten()
+        if peers.is_first:
+            _note_changed_model(texts[MODEL], directory, progress)
+            metrics = stack.enter_context(
+                MetricsLog(
+                    directory.metrics,
+                    tensorboard=directory.tensorboard,
+                    stdout=sys.stdout if json else None,
+                )
             )
-        )
-        _introduce(config, planned, data, directory, progress)
+        _introduce(config, planned, data, directory, peers, progress)
         outcome = run_loop(
-            program,
+            programs,
+            planned.plan,
             data,
             config.train,
             config.checkpoint,
@@ -184,12 +217,17 @@ def _train(
                 metrics,
                 progress,
                 texts,
-                lambda: _write_all(texts, directory),
+                lambda: _write_all(texts, directory) if peers.is_first else None,
                 should_stop,
                 _peak_flops(config, planned),
+                peers,
+                PlanChanges(schedule, config.train.switch_every).at,
+                lambda plan: _write_all({PLAN: plan_to_text(plan)}, directory),
             ),
         )
-    text = _sample(config, program, outcome, data, progress)
+    text = _sample(config, outcome, data, peers, progress)
+    if not peers.is_first:
+        return
     ended = "stopped" if outcome.stopped else "diverged" if outcome.diverged else "finished"
     write_report(
         directory,
@@ -209,15 +247,46 @@ def _train(
     _conclude(outcome, directory, text, started, json=json)
 
 
-def _texts(config: RunConfig, planned: Planned, data: TextData) -> dict[str, str]:
+def _planned_together(
+    config: RunConfig,
+    captured: Captured,
+    directory: RunDirectory,
+    machines: Cluster,
+    peers: Peers,
+) -> Planned:
+    """The first process's plan in every process, as its text says it."""
+    made: list[Planned] = []
+
+    def plan() -> str:
+        made.append(_plan_to_follow(config, captured, directory, machines))
+        return plan_to_text(made[0].plan)
+
+    plan_ = plan_from_text(peers.decide("plan", plan), "the plan of process 0")
+    if made:
+        return replace(made[0], plan=plan_)
+    return make_plan(config, captured, machines, plan=plan_)
+
+
+def _digest(texts: Mapping[str, str], data: TextData) -> str:
+    """A short name of what all processes must have alike."""
+    parts = [*(texts[name] for name in sorted(texts)), dumps(data.train.identity), jax.__version__]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _texts(
+    config: RunConfig, planned: Planned, schedule: Sequence[Plan], data: TextData
+) -> dict[str, str]:
     """What is kept beside the run and each of its checkpoints: all that is needed to go on."""
+    # Plans are kept too, so the run does not depend on the files they came from.
     if config.plan.file is not None:
-        # The plan is kept too, so the run does not depend on the file it came from.
-        config = replace(config, plan=replace(config.plan, file="plan.yaml"))
+        config = replace(config, plan=replace(config.plan, file=PLAN))
+    plans = {f"plan-{n}.yaml": plan_to_text(plan) for n, plan in enumerate(schedule)}
+    config = replace(config, train=replace(config.train, plan_schedule=tuple(plans)))
     return {
+        **plans,
         "config.yaml": to_yaml(config),
         "config.gin": to_gin(config),
-        "plan.yaml": plan_to_text(planned.plan),
+        PLAN: plan_to_text(planned.plan),
         TOKENIZER: data.tokenizer.to_text(),
         MODEL: find_model(config.model.source).read_text(),
     }
@@ -269,7 +338,12 @@ def _plan_to_follow(
 
 
 def _introduce(
-    config: RunConfig, planned: Planned, data: TextData, directory: RunDirectory, progress: Progress
+    config: RunConfig,
+    planned: Planned,
+    data: TextData,
+    directory: RunDirectory,
+    peers: Peers,
+    progress: Progress,
 ) -> None:
     pipeline = planned.plan.pipelines[0]
     stage = pipeline.stages[0]
@@ -278,10 +352,12 @@ def _introduce(
         f"{data.name}: {len(data.train):,} samples of {config.data.sequence_length} tokens, "
         f"{len(data.evaluation):,} for evaluation"
     )
+    if peers.count > 1:
+        progress.say(f"{peers.count} processes, which saw the same plan, config, data and code")
     several = len(planned.plan.pipelines) > 1 or len(pipeline.stages) > 1
     progress.say(
         f"{len(planned.plan.devices)} x {planned.cluster.kinds[0].name}: "
-        + (f"stages {_stages(planned.plan)}, the first " if several else "")
+        + (f"stages {planned.plan.in_short}, the first " if several else "")
         + describe(stage.layers[0], stage.mesh)
         + (" and others" if len(stage.layers) > 1 else "")
         + f"; global batch {planned.plan.global_batch} = "
@@ -292,21 +368,20 @@ def _introduce(
     progress.say(f"run directory: {directory.path}")
 
 
-def _stages(plan: Plan) -> str:
-    """The devices of each stage, pipelines apart: "2+2 | 1+1+1"."""
-    return " | ".join("+".join(str(len(s.devices)) for s in p.stages) for p in plan.pipelines)
-
-
 def _sample(
-    config: RunConfig, program: AnyProgram, outcome: Outcome, data: TextData, progress: Progress
+    config: RunConfig, outcome: Outcome, data: TextData, peers: Peers, progress: Progress
 ) -> str | None:
     if config.train.sample_prompt is None or outcome.stopped:
+        return None
+    program = outcome.program
+    weights = program.together(outcome.state)
+    if not peers.is_first:
         return None
     try:
         with progress.phase("writing a sample"):
             ids = sample_tokens(
                 program.captured.model,
-                *program.together(outcome.state),
+                *weights,
                 data.tokenizer.encode(config.train.sample_prompt),
                 tokens=config.train.sample_tokens,
                 window=config.data.sequence_length,

@@ -24,7 +24,7 @@ from shardpar.config.yaml_file import parse_value
 from shardpar.errors import ConfigError
 
 _NAME = re.compile(r"(?P<section>[^\W\d]\w*)\.(?P<key>[^\W\d]\w*)")
-_PATHS = ("data.path", "plan.file", "plan.cluster")
+_PATHS = ("data.path", "plan.file", "plan.cluster", "train.plan_schedule")
 
 Hints = Mapping[str, Mapping[str, Any]]
 
@@ -229,8 +229,13 @@ def _find_files(findings: _Findings) -> None:
         written = findings.values.get(section, {}).get(key)
         if written is not None:
             place = findings.places[name]
+            folder, patterns = _folder(place), name == "data.path"
             try:
-                found = find_data(written, _folder(place), patterns=name == "data.path")
+                found = (
+                    tuple(find_data(one, folder) for one in written)
+                    if isinstance(written, tuple)
+                    else find_data(written, folder, patterns=patterns)
+                )
             except ValueError as error:
                 del findings.values[section][key]
                 findings.reject(name, place, f"{name}: {error}")

@@ -46,10 +46,7 @@ def use_virtual_devices(count: int) -> None:
     """
     if count < 1:
         raise UserError(f"use_virtual_devices({count}): write 1 or more")
-    # Each collective that waits for its peers holds a thread of XLA:CPU's pool. With
-    # as many threads as cores, devices that reach two collectives in another order
-    # wait for each other forever; XLA reads the pool's size from this variable.
-    os.environ.setdefault("NPROC", str(max(32, 4 * count)))
+    roomy_thread_pool(count)
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
@@ -58,6 +55,19 @@ def use_virtual_devices(count: int) -> None:
             f"use_virtual_devices({count}) comes too late: jax has started already; "
             "call it before any other use of jax"
         ) from error
+
+
+def roomy_thread_pool(devices: int = 1) -> None:
+    """Gives XLA:CPU more threads than cores; call it before jax starts.
+
+    Each collective that waits for its peers holds a thread of the pool. With as many threads
+    as cores, devices that reach two collectives in another order wait for each other forever.
+
+    Args:
+      devices: of this process.
+    """
+    # XLA reads the pool's size from this variable.
+    os.environ.setdefault("NPROC", str(max(32, 4 * devices)))
 
 
 def local_cluster(devices: Sequence[jax.Device] | None = None) -> Cluster:
@@ -79,7 +89,8 @@ def local_cluster(devices: Sequence[jax.Device] | None = None) -> Cluster:
     count = len(found)
     kind_name = found[0].device_kind
     known = lookup(kind_name)
-    memory = _memory_bytes(found[0], count)
+    mine = next((d for d in found if d.process_index == jax.process_index()), found[0])
+    memory = _memory_bytes(mine, count)
     if found[0].platform == "cpu":
         cores = os.cpu_count() or 1
         kind = DeviceKind(
@@ -126,7 +137,8 @@ def _memory_bytes(device: jax.Device, count: int) -> float:
 
 
 def peak_bytes_in_use(devices: Sequence[jax.Device]) -> float:
-    """Most bytes any of these devices has held; on CPUs, this process's resident memory."""
-    stats = [device.memory_stats() for device in devices if device.platform != "cpu"]
+    """Most bytes any of these that are here has held; on CPUs, this process's resident memory."""
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    stats = [device.memory_stats() for device in here if device.platform != "cpu"]
     known = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
     return float(max(known) if known else psutil.Process().memory_info().rss)

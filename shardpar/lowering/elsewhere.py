@@ -20,6 +20,11 @@ def is_here(devices: Sequence[jax.Device]) -> bool:
     return any(device.process_index == process for device in devices)
 
 
+def first_device(devices: Sequence[jax.Device]) -> jax.Device:
+    """The first of some devices that belongs to the first process which has any."""
+    return min(devices, key=lambda device: device.process_index)
+
+
 def absent(shapes: Any) -> Any:
     """Arrays for a tree of ShapeDtypeStructs on devices of other processes."""
     return jax.tree.map(

@@ -22,7 +22,7 @@ from shardpar.capture.segments import Segments, segments
 from shardpar.capture.trace import Captured
 from shardpar.errors import PlanError
 from shardpar.lowering.device_groups import GroupPrograms
-from shardpar.lowering.elsewhere import absent, is_here, placed
+from shardpar.lowering.elsewhere import absent, first_device, is_here, placed
 from shardpar.lowering.homes import Home, Homes, Move
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
@@ -30,6 +30,7 @@ from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.ready import Ready
 from shardpar.lowering.routes import Routes, backwards, routes_of
 from shardpar.lowering.separable import require_separable
+from shardpar.lowering.spread import spread
 from shardpar.lowering.stage_programs import Arrays, StagePrograms
 from shardpar.lowering.stages import StageLayouts
 from shardpar.lowering.state import Gathered, TrainState
@@ -97,6 +98,7 @@ class PipelinedProgram:
             self._add_pipeline(number)
         self._refuse_separate_variables()
         self.homes = Homes(self._whole_shapes(), [g.shapes for g in self.groups], self.devices)
+        self._run_now: StepUnderWay | None = None
 
     def _cut(self, number: int, training: bool = True) -> Segments:
         pipeline = self.plan.pipelines[number]
@@ -188,27 +190,49 @@ class PipelinedProgram:
 
     @property
     def saved_shapes(self) -> TrainState:
-        """What a checkpoint of its state holds, and where it is restored to: the first copies."""
-        return self.homes.first_shapes()  # type: ignore[no-any-return]
+        """What a checkpoint of its state holds, and where it is restored to."""
+        return self._saved_homes.first_shapes()  # type: ignore[no-any-return]
 
     def to_saved(self, state: TrainState) -> TrainState:
-        """The state as a checkpoint holds it: one array per leaf, its first copy."""
-        return self.homes.first_copies(state)  # type: ignore[no-any-return]
+        """The state as a checkpoint holds it: one array per leaf."""
+        if jax.process_count() == 1:
+            return self.homes.first_copies(state)  # type: ignore[no-any-return]
+        moved = self._saving(self.homes.unions(state), donate=False)
+        return self._saved_homes.settled(moved)  # type: ignore[no-any-return]
 
     def from_saved(self, saved: TrainState) -> TrainState:
         """The state from what a checkpoint was restored to; the copies are made."""
         go = {path: home.layout for path, home in self.homes.leaves.items()}
-        moved = Move(go, self.devices)(self.homes.of_first_copies(saved))
+        moved = Move(go, self.devices)(self._saved_homes.unions(saved))
         return self.homes.settled(moved)  # type: ignore[no-any-return]
 
+    @cached_property
+    def _saved_homes(self) -> Homes:
+        """Where a checkpoint's arrays lie: the first copies, or over all processes' devices."""
+        whole = self._whole_shapes()
+        if jax.process_count() == 1:
+            part = self.homes.first_shapes()
+        else:
+            part = jax.tree.map(lambda leaf: spread(leaf, self.used_devices), whole)
+        return Homes(whole, [part], self.devices, single=True)
+
+    @cached_property
+    def _saving(self) -> Move:
+        go = {path: home.layout for path, home in self._saved_homes.leaves.items()}
+        return Move(go, self.devices)
+
     def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Parameters and other variables, whole, on the plan's first device: to sample from."""
-        here = Layout((Group((self.plan.devices[0],)),))
+        """Parameters and other variables, whole, on one device of the first process."""
+        here = Layout((Group((self.devices.index(first_device(self.used_devices)),)),))
         out = []
         for part in (state.params, state.rest):
             moved = Move(dict.fromkeys(part, here), self.devices)(part, donate=False)
             out.append({name: union.arrays[0] for name, union in moved.items()})
         return out[0], out[1]
+
+    def waiting_for(self) -> str:
+        """The first task of the step under way that has not ended, in words."""
+        return "" if self._run_now is None else self._run_now.waiting_for()
 
     def place(self, batch: Mapping[str, Any]) -> list[list[dict[int, dict[str, jax.Array]]]]:
         """Puts each pipeline's micro-batches on the devices of the stages that read them.
@@ -335,7 +359,7 @@ class PipelinedProgram:
         self, params: list[Arrays], rest: list[Arrays], batch: Mapping[str, Any]
     ) -> tuple[list[Arrays], list[Any], list[Arrays]]:
         """By group: gradients summed over groups, its own [loss, weight], variables after."""
-        run = StepUnderWay(self, params, rest, self.place(batch))
+        run = self._run_now = StepUnderWay(self, params, rest, self.place(batch))
         for task in self.order:
             run.do(task)
         grads = [

@@ -17,7 +17,9 @@ import optax
 
 from shardpar.capture.trace import OUTSIDE, Captured
 from shardpar.errors import PlanError
-from shardpar.lowering.homes import Homes
+from shardpar.lowering.elsewhere import first_device
+from shardpar.lowering.elsewhere import placed as put
+from shardpar.lowering.homes import Homes, Move
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
 from shardpar.lowering.options import ProgramOptions
@@ -32,6 +34,7 @@ from shardpar.lowering.state import (
 )
 from shardpar.lowering.update import updated
 from shardpar.spec.check import check
+from shardpar.spec.layout import Group, Layout
 from shardpar.spec.plan import LayerStrategy, Plan
 from shardpar.spec.select import strategies
 
@@ -170,7 +173,8 @@ class Program:
             shape = (self.pipeline.num_microbatches, self.pipeline.microbatch)
             placed = {name: x.reshape(*shape, *x.shape[1:]) for name, x in placed.items()}
         sharding = batch_sharding(self.mesh, self._data_axes, stacked=int(stacked))
-        return jax.device_put(placed, sharding)
+        shardings = [sharding] * len(placed)
+        return dict(zip(placed, put(list(placed.values()), shardings), strict=True))
 
     @property
     def used_devices(self) -> list[jax.Device]:
@@ -213,8 +217,27 @@ class Program:
         return saved
 
     def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-        """Parameters and other variables on one set of devices: to sample from."""
-        return state.params, state.rest
+        """Parameters and other variables, whole, on one device of the first process.
+
+        Where one process has all devices they stay as they lie.
+        """
+        if jax.process_count() == 1:
+            return state.params, state.rest
+        here = Layout((Group((self.devices.index(first_device(self.used_devices)),)),))
+        unions = self.homes.unions(state)
+        go = [p for p in unions if p.startswith((".params", ".rest"))]
+        moved = Move(dict.fromkeys(go, here), self.devices)(
+            {path: unions[path] for path in go}, donate=False
+        )
+        params, rest = (
+            {name: moved[f".{kind}['{name}']"].arrays[0] for name in getattr(state, kind)}
+            for kind in ("params", "rest")
+        )
+        return params, rest
+
+    def waiting_for(self) -> str:
+        """The tasks of a step that have not ended, in words: the step is one task."""
+        return "the step"
 
     def compile(self) -> None:
         """Compiles the step, so that the first one takes no longer than the others."""

@@ -54,6 +54,11 @@ class StepUnderWay:
         self.arrived: dict[tuple[int, int, int], dict[int, jax.Array]] = {}
         self.returned: dict[tuple[int, int, int], dict[int, jax.Array]] = {}
         self.saved: dict[tuple[int, int, int], list[Any]] = {}
+        self.sent: list[tuple[Task, jax.Array]] = []
+
+    def waiting_for(self) -> str:
+        """The first task dispatched here that has not ended; "" if all have."""
+        return next((str(task) for task, made in self.sent if not _has_ended(made)), "")
 
     def do(self, task: Task) -> None:
         """Dispatches one task and sends on what it makes."""
@@ -78,6 +83,7 @@ class StepUnderWay:
             self.weights[n][task.stage], self.counters[n], local, k, batch, received, self.stats[n]
         )
         self.local[n].update(after)
+        self.sent.append((task, self.stats[n]))
         self.saved[at] = stage.saved_of(batch, received, sent, kept)
         self._send(task, self.program.routes, self.arrived, sent)
 
@@ -93,6 +99,7 @@ class StepUnderWay:
             self.weights[n][task.stage], self.saved.pop(at), cotangents,
             self.gathered[n][task.stage],
         )  # fmt: skip
+        self.sent.append((task, jax.tree.leaves(self.gathered[n][task.stage])[0]))
         self._send(task, self.program.routes_back, self.returned, back)
 
     def _send(
@@ -108,3 +115,8 @@ class StepUnderWay:
             for j, x in zip(route.puts, moved, strict=True):
                 # Several stages may have read one array: their gradients add up.
                 box[j] = box[j] + x if j in box and route.wire.arrives_here else x
+
+
+def _has_ended(made: jax.Array) -> bool:
+    # What was donated since was made before.
+    return made.is_deleted() or made.is_ready()

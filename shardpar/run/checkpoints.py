@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import TracebackType
 
-from shardpar.errors import CheckpointError
+from shardpar.errors import CheckpointError, RunError
 from shardpar.run.arrays import ArrayStore, as_arrays
 from shardpar.run.leaves import Tree, named_leaves, record, require_equal
 from shardpar.run.lock import RunLock
@@ -30,11 +30,14 @@ from shardpar.run.manifest import (
 )
 from shardpar.run.messages import faults_of, listing, none_whole, passed_over, save_failed
 from shardpar.run.options import CheckpointOptions
+from shardpar.run.peers import ALONE, Peers
 from shardpar.run.retention import expired
 from shardpar.run.steps import StepDirectories
 
 LOCK_NAME = ".lock"
 _ARRAYS = "arrays"
+_PATIENCE_S = 6 * 3600
+"""How long a process waits for the first one to read or write a whole checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,9 @@ def _warn(message: str) -> None:
 class Checkpoints:
     """The checkpoints of one run directory; at most one writer at a time, any number of readers.
 
+    A writer may be several processes: then all of them make the same calls, each writes its
+    own pieces of the arrays, and the first does the rest. All must see one directory.
+
     >>> import jax, jax.numpy as jnp, tempfile
     >>> state = {"w": jnp.arange(3.0)}
     >>> with Checkpoints(tempfile.mkdtemp()) as checkpoints:
@@ -78,6 +84,7 @@ class Checkpoints:
         *,
         notify: Callable[[str], None] = _warn,
         read_only: bool = False,
+        peers: Peers = ALONE,
     ) -> None:
         """Opens the directory; a writer also locks it and clears what a crash left half done.
 
@@ -87,6 +94,7 @@ class Checkpoints:
           notify: takes one line for people when something was damaged or moved.
           read_only: leave the directory as it is and take no lock, so that one can read
             beside a trainer that writes.
+          peers: the processes that write together.
 
         Raises:
           RunError: another trainer writes here.
@@ -95,18 +103,25 @@ class Checkpoints:
         self._steps = StepDirectories(self._directory)
         self._options = options or CheckpointOptions()
         self._notify = notify
-        self._lock = None if read_only else RunLock(self._directory / LOCK_NAME)
+        self._peers = peers
+        self._lock: RunLock | None = None
+        self._closed = read_only
+        if not read_only:
+            peers.decide("checkpoint directory", self._open)
         self._store = ArrayStore()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._newest_saved: int | None = None
-        if not read_only:
-            self._steps.clear_leftovers()
-            for step in self._steps.incomplete():
-                self._notify(
-                    f"checkpoint {self._steps.path(step)} has no {MANIFEST_NAME}, so it was never "
-                    f"finished: moved to {self._steps.set_aside(step, 'incomplete')}"
-                )
+        self._passed: dict[int, tuple[Fault, ...]] = {}
+
+    def _open(self) -> None:
+        self._lock = RunLock(self._directory / LOCK_NAME)
+        self._steps.clear_leftovers()
+        for step in self._steps.incomplete():
+            self._notify(
+                f"checkpoint {self._steps.path(step)} has no {MANIFEST_NAME}, so it was never "
+                f"finished: moved to {self._steps.set_aside(step, 'incomplete')}"
+            )
 
     def save(self, step: int, state: Tree, files: Mapping[str, str] | None = None) -> None:
         """Takes a snapshot of the state and starts to write it.
@@ -123,33 +138,40 @@ class Checkpoints:
           CheckpointError: the disk is full, the step is stored already, or the save before
             this one failed (this one is not started then; the steps before it are safe).
         """
-        if self._lock is None or not self._lock.held:
+        if self._closed:
             raise CheckpointError(
                 f"{self._directory} is closed or open for reading only: step {step} was not saved"
             )
         self.wait()
         if step == self._newest_saved:
             return
-        if step in self.steps():
-            raise CheckpointError(
-                f"{self._directory} already holds step {step}; to train again from an older step, "
-                "call discard_after(that step) first"
-            )
         texts = dict(files or {})
         _require_plain_names(texts)
         leaves = as_arrays(named_leaves(state)[0])
         records = {name: record(leaf) for name, leaf in leaves.items()}
-        self._steps.clear_leftovers()
-        self._require_room(step)
+        self._peers.decide("new checkpoint", lambda: self._begin_draft(step))
         try:
-            draft = self._steps.draft(step)
-            draft.mkdir(parents=True)
-            self._store.begin_write(draft / _ARRAYS, leaves)
+            self._store.begin_write(self._steps.draft(step) / _ARRAYS, leaves)
         except (OSError, ValueError, RuntimeError) as error:
-            self._steps.clear_leftovers()
+            if self._peers.is_first:
+                self._steps.clear_leftovers()
             raise self._save_error(step, error) from error
         self._pending = self._thread.submit(self._commit, step, records, texts)
         self._newest_saved = step
+
+    def _begin_draft(self, step: int) -> None:
+        if step in self._steps.committed():
+            raise CheckpointError(
+                f"{self._directory} already holds step {step}; to train again from an older step, "
+                "call discard_after(that step) first"
+            )
+        self._steps.clear_leftovers()
+        self._require_room(step)
+        try:
+            self._steps.draft(step).mkdir(parents=True)
+        except OSError as error:
+            self._steps.clear_leftovers()
+            raise self._save_error(step, error) from error
 
     def wait(self) -> None:
         """Waits until the last save is on disk.
@@ -161,7 +183,7 @@ class Checkpoints:
             return
         try:
             self._pending.result()
-        except CheckpointError:
+        except RunError:
             self._pending = None
             self._newest_saved = None
             raise
@@ -169,7 +191,7 @@ class Checkpoints:
 
     def steps(self) -> tuple[int, ...]:
         """The steps that are stored, oldest first; one still being written is not among them."""
-        return self._steps.committed()
+        return tuple(self._peers.decide("stored steps", self._steps.committed))
 
     def require_none_lost(self) -> None:
         """Refuses to begin anew where steps were stored and none is whole any more.
@@ -177,7 +199,10 @@ class Checkpoints:
         Raises:
           CheckpointError: no step is stored, but some were moved aside.
         """
-        if not self.steps() and self._steps.aside():
+        self._peers.decide("lost checkpoints", self._require_none_lost)
+
+    def _require_none_lost(self) -> None:
+        if not self._steps.committed() and self._steps.aside():
             raise CheckpointError(
                 f"{self._directory}: {self._held()}; mend one of these and give it back its name, "
                 "or delete them to begin again from step 0"
@@ -212,16 +237,24 @@ class Checkpoints:
           CheckpointError: no such step, none that is whole, or one of another model.
         """
         self.wait()
+        chosen, pairs = self._peers.decide(
+            "checkpoint to restore", lambda: self._choose(step), _PATIENCE_S
+        )
+        state, files = self._read(chosen, target, partial)
+        if self._peers.is_first:
+            self._report(self._passed, chosen)
+        self._newest_saved = chosen
+        return Restored(chosen, state, files, tuple((at, file) for at, file in pairs))
+
+    def _choose(self, step: int | None) -> tuple[int, list[tuple[int, str]]]:
+        """The newest step that is whole, and what was wrong with those after it."""
         if step is not None and not self._steps.is_committed(step):
             raise CheckpointError(f"{self._directory} holds no step {step}: {self._held()}")
-        passed: dict[int, tuple[Fault, ...]] = {}
-        for candidate in (step,) if step is not None else reversed(self.steps()):
+        passed = self._passed = {}
+        for candidate in (step,) if step is not None else reversed(self._steps.committed()):
             faults = tuple(fault for fault in self.verify(candidate) if fault.kind != "extra")
             if not faults:
-                state, files = self._read(candidate, target, partial)
-                self._report(passed, candidate)
-                self._newest_saved = candidate
-                return Restored(candidate, state, files, _pairs(passed))
+                return candidate, [(at, f.file) for at, of in passed.items() for f in of]
             # A trainer beside this reader may have deleted the step meanwhile.
             if self._steps.is_committed(candidate):
                 passed[candidate] = faults
@@ -242,15 +275,18 @@ class Checkpoints:
           CheckpointError: the last save failed.
         """
         self.wait()
-        for later in self.steps():
+        self._peers.decide("checkpoints to discard", lambda: self._discard_after(step))
+        if self._newest_saved is not None and self._newest_saved > step:
+            self._newest_saved = None
+
+    def _discard_after(self, step: int) -> None:
+        for later in self._steps.committed():
             if later > step:
                 moved = self._steps.set_aside(later, "abandoned")
                 self._notify(
                     f"checkpoint {later} is newer than step {step}, from which training goes on: "
                     f"moved to {moved}"
                 )
-        if self._newest_saved is not None and self._newest_saved > step:
-            self._newest_saved = None
 
     def close(self) -> None:
         """Waits for the last save and gives the lock back; doing so twice is harmless.
@@ -261,6 +297,7 @@ class Checkpoints:
         try:
             self.wait()
         finally:
+            self._closed = True
             self._thread.shutdown()
             self._store.close()
             if self._lock is not None:
@@ -284,9 +321,30 @@ class Checkpoints:
             self._notify(str(failure))
 
     def _commit(self, step: int, records: Mapping[str, ArrayRecord], texts: dict[str, str]) -> None:
-        draft = self._steps.draft(step)
+        problem: Exception | None = None
         try:
             self._store.finish_write()
+        except Exception as error:
+            problem = error
+        said = self._peers.gather("pieces", problem and str(problem), _PATIENCE_S)
+        others = [f"process {n}: {text}" for n, text in enumerate(said) if text]
+        if problem is None and others:
+            problem = OSError(others[0])
+        self._peers.decide(
+            "commit", lambda: self._publish(step, records, texts, problem), _PATIENCE_S
+        )
+
+    def _publish(
+        self,
+        step: int,
+        records: Mapping[str, ArrayRecord],
+        texts: dict[str, str],
+        problem: Exception | None,
+    ) -> None:
+        draft = self._steps.draft(step)
+        try:
+            if problem is not None:
+                raise problem
             for name, text in texts.items():
                 (draft / name).write_bytes(text.encode())
             seal(draft, step, records)
@@ -295,7 +353,7 @@ class Checkpoints:
             # The half-written files would only keep a full disk full.
             shutil.rmtree(draft, ignore_errors=True)
             raise self._save_error(step, error) from error
-        for old in expired(self.steps(), self._options):
+        for old in expired(self._steps.committed(), self._options):
             try:
                 self._steps.delete(old)
             except OSError as error:
@@ -327,7 +385,7 @@ class Checkpoints:
     def _require_room(self, step: int) -> None:
         # The step before is the best estimate there is. Asking first spares a full disk the
         # attempt, and its user the noise that an interrupted write makes.
-        stored = self.steps()
+        stored = self._steps.committed()
         try:
             needed = read_manifest(self._steps.path(stored[-1])).stored_bytes if stored else 0
         except (OSError, ManifestError, CheckpointError):
@@ -341,7 +399,7 @@ class Checkpoints:
         return CheckpointError(save_failed(self._directory, step, error, self._held()))
 
     def _held(self) -> str:
-        return listing(self.steps(), self._steps.aside())
+        return listing(self._steps.committed(), self._steps.aside())
 
 
 def _require_plain_names(files: Iterable[str]) -> None:
@@ -351,10 +409,6 @@ def _require_plain_names(files: Iterable[str]) -> None:
                 f"{name!r} cannot be the name of a file in a checkpoint; use a plain name "
                 f"other than {_ARRAYS!r} and {MANIFEST_NAME!r}"
             )
-
-
-def _pairs(passed: Mapping[int, tuple[Fault, ...]]) -> tuple[tuple[int, str], ...]:
-    return tuple((step, fault.file) for step, faults in passed.items() for fault in faults)
 
 
 def _mb(size_bytes: int) -> str:

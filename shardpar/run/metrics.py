@@ -166,6 +166,16 @@ class MetricsLog:
             self._writer = None
 
 
+class Unwritten:
+    """The metrics of a process that is not the first of its run: the first writes them."""
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def truncate_after(self, step: int) -> None:
+        """Does nothing."""
+
+
 def read_metrics(path: Path) -> list[Row]:
     """Reads a log back, also one that is still being written.
 

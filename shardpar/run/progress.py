@@ -119,6 +119,7 @@ class Progress:
         stream: TextIO | None = None,
         every_s: float = 10.0,
         clock_s: Callable[[], float] = time.monotonic,
+        quiet: bool = False,
     ) -> None:
         """Chooses the form from where it is shown.
 
@@ -126,8 +127,10 @@ class Progress:
           stream: where to show it; stderr if None.
           every_s: seconds between plain lines.
           clock_s: a clock that only goes forward.
+          quiet: show only what `say_always` says.
         """
         self._console = Console(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._quiet = quiet
         self._every_s = every_s
         self._clock_s = clock_s
         self._view = _View(clock_s)
@@ -181,8 +184,12 @@ class Progress:
         """
         self._plain(message)
 
+    def say_always(self, message: str) -> None:
+        """Prints a line even where this process is not the one that speaks."""
+        self._console.print(message, markup=False, emoji=False)
+
     def __enter__(self) -> Progress:
-        if self._console.is_terminal and not self._console.is_dumb_terminal:
+        if not self._quiet and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(
                 self._view,
                 console=self._console,
@@ -209,7 +216,8 @@ class Progress:
                 self._plain("step " + _SEPARATOR.join(describe(self._view.figures)).lstrip())
 
     def _plain(self, message: str) -> None:
-        self._console.print(message, markup=False, emoji=False)
+        if not self._quiet:
+            self._console.print(message, markup=False, emoji=False)
 
 
 @dataclass(frozen=True)

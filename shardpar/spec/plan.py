@@ -251,3 +251,8 @@ class Plan:
     def devices(self) -> tuple[int, ...]:
         """All devices the plan uses, in stage order."""
         return tuple(d for p in self.pipelines for s in p.stages[: p.num_groups] for d in s.devices)
+
+    @property
+    def in_short(self) -> str:
+        """How many devices each stage of each pipeline has, such as "2+2 | 1+1+1"."""
+        return " | ".join("+".join(str(len(s.devices)) for s in p.stages) for p in self.pipelines)

@@ -21,15 +21,22 @@ from shardpar.errors import DataError
 from shardpar.lowering.devices import peak_bytes_in_use
 from shardpar.lowering.lower import AnyProgram
 from shardpar.lowering.state import TrainState
+from shardpar.lowering.switch import Programs
 from shardpar.run.checkpoints import Checkpoints
-from shardpar.run.metrics import MetricsLog
+from shardpar.run.metrics import MetricsLog, Unwritten
 from shardpar.run.options import CheckpointOptions
+from shardpar.run.peers import Peers
 from shardpar.run.progress import Figures, Progress
 from shardpar.run.retention import due
+from shardpar.run.watchdog import Watchdog
+from shardpar.spec.plan import Plan
+from shardpar.spec.text import plan_from_text, plan_to_text
 from shardpar.train.data import Batch, Batches, TextData, eval_batches, train_batches
 from shardpar.train.options import TrainOptions
 
+_LONGEST_S = 24 * 3600.0
 POSITION = "position.json"
+PLAN = "plan.yaml"
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class Outcome:
     """How a run ended.
 
     Attributes:
+      program: the last plan's.
       state: the last state.
       step: steps done in all.
       loss: last training loss; None if no step ran.
@@ -45,6 +53,7 @@ class Outcome:
       skipped: steps whose gradient was not finite.
     """
 
+    program: AnyProgram
     state: TrainState
     step: int
     loss: float | None
@@ -65,23 +74,31 @@ class Surroundings:
 
     Attributes:
       checkpoints, metrics, progress: of the run directory.
-      files: small texts to keep beside each checkpoint.
+      files: small texts to keep beside each checkpoint; the plan in force is kept too.
       begun: called when the state is there and steps will be done.
       should_stop: asked after every step.
       peak_flops: of all devices in the compute dtype; None where unknown, then MFU is n/a.
+      peers: the processes that train together.
+      wanted_plan: asked in the first process how the step after so many steps is to be
+        computed; the plan in force, or another.
+      switched: told in the first process which plan is in force from now on.
     """
 
     checkpoints: Checkpoints
-    metrics: MetricsLog
+    metrics: MetricsLog | Unwritten
     progress: Progress
     files: Mapping[str, str]
     begun: Callable[[], None]
     should_stop: Callable[[], bool]
     peak_flops: float | None
+    peers: Peers
+    wanted_plan: Callable[[int, Plan], Plan]
+    switched: Callable[[Plan], None]
 
 
 def train(
-    program: AnyProgram,
+    programs: Programs,
+    plan: Plan,
     data: TextData,
     options: TrainOptions,
     saving: CheckpointOptions,
@@ -90,22 +107,24 @@ def train(
     """Trains until `options.steps`, from the newest good checkpoint if there is one.
 
     Args:
-      program: the lowered plan.
+      programs: of the model, under any plan.
+      plan: the one to begin with.
       data: training and evaluation windows.
       options: steps, batch, evaluation.
       saving: when to save.
-      around: checkpoints, metrics, progress.
+      around: checkpoints, metrics, progress, the other processes.
 
     Raises:
       DataError: the data do not fit the checkpoint or the batch.
       CheckpointError: every checkpoint is damaged, or the disk is full.
+      RunError: another process does not answer.
     """
-    evaluation = _evaluation_batches(program, data, options)
     with train_batches(data.train, options.global_batch, options.seed) as batches:
-        state, start = _begin(program, batches, options, around)
+        loop = _Loop(programs, plan, batches, data, options, saving, around)
+        state, start = _begin(loop.program, batches, options, around)
         if start < options.steps:
             around.begun()
-        return _Loop(program, batches, evaluation, options, saving, around).run(state, start)
+        return loop.run(state, start)
 
 
 def _begin(
@@ -154,19 +173,28 @@ class _Loop:
 
     def __init__(
         self,
-        program: AnyProgram,
+        programs: Programs,
+        plan: Plan,
         batches: Batches,
-        evaluation: tuple[Batch, ...],
+        data: TextData,
         options: TrainOptions,
         saving: CheckpointOptions,
         around: Surroundings,
     ) -> None:
-        self.program, self.batches, self.evaluation = program, batches, evaluation
+        self.programs, self.program = programs, programs.program(plan)
+        self.batches, self.data = batches, data
+        self.evaluation = _evaluation_batches(self.program, data, options)
         self.options, self.saving, self.around = options, saving, around
-        graph = program.captured.graph
+        graph = programs.captured.graph
         self.tokens_per_step = graph.tokens * options.global_batch / graph.batch
         self.flops_per_token = graph.flops_per_token
         self.warned_mfu = False
+        self.watchdog = Watchdog(
+            around.peers,
+            options.stuck_after_s,
+            self._waiting_for,
+            around.progress.say_always,
+        )
 
     def run(self, state: TrainState, start: int) -> Outcome:
         around, steps = self.around, self.options.steps
@@ -175,11 +203,17 @@ class _Loop:
                 f"nothing to do: {start} steps are done and train.steps is {steps}; "
                 "raise train.steps to go on"
             )
-            return Outcome(state, start, None, None, False, 0)
-        with around.progress.phase("compiling the step"):
-            compile_start = time.perf_counter()
-            self.program.compile()
-            around.progress.say(f"compiled in {time.perf_counter() - compile_start:.1f} s")
+            return Outcome(self.program, state, start, None, None, False, 0)
+        with self.watchdog:
+            return self._steps(state, start)
+
+    def _waiting_for(self) -> str:
+        return self.program.waiting_for()
+
+    def _steps(self, state: TrainState, start: int) -> Outcome:
+        around, steps = self.around, self.options.steps
+        state = self._under(self._decide(start, start, time.monotonic()), state, start)
+        self._compile()
         clock = _Clock()
         loss: float | None = None
         eval_loss: float | None = None
@@ -196,33 +230,78 @@ class _Loop:
                 loss, skip = self._record(pending, clock)
                 skipped += skip
             pending = _Pending(step, metrics, batch["sample"])
-            stopped = step < steps and around.should_stop()
+            decided = self._decide(step, last_saved, last_saved_s)
+            stopped = decided["stop"]
             evaluate = self._evaluation_due(step)
-            save = (
-                stopped
-                or step == steps
-                or due(
-                    self.saving,
-                    step=step,
-                    now_s=time.monotonic(),
-                    last_step=last_saved,
-                    last_s=last_saved_s,
-                )
-            )
-            if evaluate or save:
+            if evaluate or decided["save"] or "plan" in decided:
                 loss, skip = self._record(pending, clock)
                 skipped, pending = skipped + skip, None
             if evaluate and not stopped:
                 eval_loss = self._evaluate(state, step)
                 clock.restart()
-            if save:
+            if decided["save"]:
                 self._save(step, state)
                 last_saved, last_saved_s = step, time.monotonic()
                 clock.restart()
             if stopped:
                 break
-        around.checkpoints.wait()
-        return Outcome(state, step, loss, eval_loss, stopped, skipped)
+            if "plan" in decided:
+                state = self._under(decided, state, step)
+                self._compile()
+                clock.restart()
+        with self.watchdog.paused():
+            around.checkpoints.wait()
+        return Outcome(self.program, state, step, loss, eval_loss, stopped, skipped)
+
+    def _decide(self, step: int, last_saved: int, last_saved_s: float) -> dict[str, Any]:
+        """What is to be done after so many steps: the same in every process."""
+        around, steps = self.around, self.options.steps
+
+        def choose() -> dict[str, Any]:
+            stop = step < steps and around.should_stop()
+            timely = due(
+                self.saving,
+                step=step,
+                now_s=time.monotonic(),
+                last_step=last_saved,
+                last_s=last_saved_s,
+            )
+            save = step > last_saved and (stop or step == steps or timely)
+            decided: dict[str, Any] = {"stop": stop, "save": save}
+            if not stop and step < steps:
+                plan = around.wanted_plan(step, self.program.plan)
+                if plan != self.program.plan:
+                    decided["plan"] = plan_to_text(plan)
+            return decided
+
+        wait_s = self.options.stuck_after_s or math.inf
+        decided = around.peers.decide("next step", choose, min(2 * wait_s, _LONGEST_S))
+        return decided  # type: ignore[no-any-return]
+
+    def _under(self, decided: Mapping[str, Any], state: TrainState, step: int) -> TrainState:
+        """The state under the plan that was decided on."""
+        if "plan" not in decided:
+            return state
+        plan = plan_from_text(decided["plan"], "the plan decided on")
+        begun = time.perf_counter()
+        with self.watchdog.paused(), self.around.progress.phase("switching to another plan"):
+            switched = self.programs.switch(self.program, state, plan)
+            jax.block_until_ready(switched.state)
+        self.program = switched.program
+        self.evaluation = _evaluation_batches(self.program, self.data, self.options)
+        if self.around.peers.is_first:
+            self.around.switched(plan)
+            self.around.metrics.write(
+                step, {"switch_s": round(time.perf_counter() - begun, 6), "plan": plan.in_short}
+            )
+        return switched.state
+
+    def _compile(self) -> None:
+        progress = self.around.progress
+        with self.watchdog.paused(), progress.phase("compiling the step"):
+            begun = time.perf_counter()
+            self.program.compile()
+            progress.say(f"compiled in {time.perf_counter() - begun:.1f} s")
 
     def _evaluation_due(self, step: int) -> bool:
         if not self.evaluation:
@@ -233,6 +312,7 @@ class _Loop:
     def _record(self, pending: _Pending, clock: _Clock) -> tuple[float, int]:
         values = {name: np.asarray(value).item() for name, value in pending.metrics.items()}
         clock.tick()
+        self.watchdog.saw(pending.step)
         row: dict[str, Any] = {"loss": values["loss"], "grad_norm": values["grad_norm"]}
         tokens_per_s = mfu = None
         if clock.step_s:
@@ -280,7 +360,7 @@ class _Loop:
             )
 
     def _evaluate(self, state: TrainState, step: int) -> float:
-        with self.around.progress.phase("evaluating"):
+        with self.watchdog.paused(), self.around.progress.phase("evaluating"):
             sums = [self.program.evaluate(state, batch) for batch in self.evaluation]
             total = float(sum(np.asarray(t, np.float64) for t, _ in sums))
             weight = float(sum(np.asarray(w, np.float64) for _, w in sums))
@@ -291,10 +371,13 @@ class _Loop:
         return mean
 
     def _save(self, step: int, state: TrainState) -> None:
-        position = json.dumps(self.batches.position)
-        self.around.checkpoints.save(
-            step, self.program.to_saved(state), {**self.around.files, POSITION: position}
-        )
+        files = {
+            **self.around.files,
+            PLAN: plan_to_text(self.program.plan),
+            POSITION: json.dumps(self.batches.position),
+        }
+        with self.watchdog.paused():
+            self.around.checkpoints.save(step, self.program.to_saved(state), files)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,10 @@ class TrainOptions:
       log_samples: write the ids of each batch's samples into the metrics.
       sample_prompt: text a sample is generated from at the end; None generates none.
       sample_tokens: length of that sample.
+      plan_schedule: plan files to train under in turn; empty keeps to one plan.
+      switch_every: how many steps each of them is in force.
+      stuck_after_s: with several processes, how long a step may take before a process reports
+        what it waits for and ends; 0 waits forever.
     """
 
     steps: Positive = 100
@@ -105,3 +109,6 @@ class TrainOptions:
     log_samples: bool = False
     sample_prompt: str | None = None
     sample_tokens: Positive = 200
+    plan_schedule: tuple[str, ...] = ()
+    switch_every: Positive = 100
+    stuck_after_s: Annotated[float, Meta(ge=0.0)] = 600.0

@@ -1,0 +1,80 @@
+"""Which plan a step is computed under: the run's own, plans in turn, or one asked for.
+
+Programs of plans that come back are kept, so a schedule compiles each plan once
+(hot switching: HotSPa, SOSP 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from shardpar.capture.trace import Captured
+from shardpar.errors import PlanError
+from shardpar.spec.plan import Plan
+from shardpar.train.compile import read_plan
+
+
+@dataclass(frozen=True)
+class PlanChanges:
+    """Decides after each step whether another plan takes over.
+
+    Attributes:
+      schedule: plans in turn; none keeps the plan in force.
+      every: steps each of them is in force.
+      asked: for a plan that was asked for by hand since it was asked last, if any, given the
+        plan in force. It takes the place of the schedule.
+
+    >>> changes = PlanChanges(("a", "b"), 5)
+    >>> [changes.at(step, "a") for step in (0, 4, 5, 9, 10)]
+    ['a', 'a', 'b', 'b', 'a']
+    """
+
+    schedule: tuple[Plan, ...] = ()
+    every: int = 1
+    asked: Callable[[int, Plan], Plan | None] | None = None
+
+    def at(self, step: int, now: Plan) -> Plan:
+        """The plan of the step after so many steps.
+
+        Args:
+          step: how many are done.
+          now: the plan in force.
+        """
+        plan = None if self.asked is None else self.asked(step, now)
+        if plan is not None:
+            return plan
+        if self.schedule:
+            return self.schedule[step // self.every % len(self.schedule)]
+        return now
+
+
+def read_schedule(
+    files: Sequence[str], captured: Captured, global_batch: int, devices: int
+) -> tuple[Plan, ...]:
+    """The plans of `train.plan_schedule`, checked before the run begins.
+
+    Args:
+      files: plan files.
+      captured: the model they are for.
+      global_batch: of the run.
+      devices: how many there are.
+
+    Raises:
+      PlanError: one is missing, malformed, or for another model, batch or cluster.
+    """
+    plans = []
+    for file in files:
+        plan = read_plan(file, captured.graph)
+        if plan.global_batch != global_batch:
+            raise PlanError(
+                f"{file}: global_batch is {plan.global_batch}, but train.global_batch is "
+                f"{global_batch}; plans of one schedule take the run's batch"
+            )
+        if max(plan.devices) >= devices:
+            raise PlanError(
+                f"{file}: it uses device {max(plan.devices)}, and there are {devices} devices, "
+                "counted from 0; plan for these"
+            )
+        plans.append(plan)
+    return tuple(plans)
