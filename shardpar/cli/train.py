@@ -39,6 +39,24 @@ def train(
     process: Annotated[
         int | None, typer.Option("--process", min=0, help="Which of them this one is, from 0.")
     ] = None,
+    supervise: Annotated[
+        bool,
+        typer.Option(
+            "--supervise", help="Start the trainer again, on what is left, when it dies or hangs."
+        ),
+    ] = False,
+    nodes: Annotated[
+        int,
+        typer.Option("--nodes", min=1, help="With --supervise: how many nodes train together."),
+    ] = 1,
+    node: Annotated[
+        str | None,
+        typer.Option("--node", metavar="NAME", help="This node's name; the host's by default."),
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option("--address", metavar="HOST", help="Where other nodes reach this one."),
+    ] = None,
     json: Json = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Stop after the plan; write nothing.")
@@ -56,9 +74,15 @@ def train(
 
         shardpar train --resume runs/gpt
 
+        shardpar train configs/gpt.gin --run-dir runs/gpt --supervise
+
         shardpar train configs/gpt.gin --coordinator node1:1234 --processes 2 --process 0
     """
-    where = find(os.environ, coordinator, processes, process)
+    if supervise:
+        _refuse_with_supervise(coordinator, processes, process, dry_run)
+    elif nodes > 1 or node is not None or address is not None:
+        raise UserError("--nodes, --node and --address belong to --supervise; add it")
+    where = None if supervise else find(os.environ, coordinator, processes, process)
     if resume is not None:
         if run_dir is not None or any(text.startswith("train.run_dir=") for text in config or ()):
             raise UserError(
@@ -70,9 +94,41 @@ def train(
                 f"--resume {resume} goes on with the config of that run; drop {config[0]}, or "
                 f"write: shardpar train {config[0]} --run-dir {resume}"
             )
+        if supervise:
+            stored, name = later("supervising").stored_config(resume, config or ())
+            code = later("supervising").supervise(
+                config or (), stored, name, resume=resume, flags=_flags(devices, plan, json),
+                nodes=nodes, node=node, address=address,
+            )  # fmt: skip
+            raise typer.Exit(code)
         later("training").resume(
             resume, config, devices=devices, where=where, plan=plan, json=json, dry_run=dry_run
         )
         return
     loaded, name = read_config(config, {"plan.file": plan, "train.run_dir": run_dir})
+    if supervise:
+        code = later("supervising").supervise(
+            config or (), loaded, name, resume=None, flags=_flags(devices, plan, json),
+            nodes=nodes, node=node, address=address,
+        )  # fmt: skip
+        raise typer.Exit(code)
     later("training").train(loaded, name, devices=devices, where=where, json=json, dry_run=dry_run)
+
+
+def _flags(devices: int | None, plan: str | None, json: bool) -> list[str]:
+    """The flags that a supervisor gives to every trainer."""
+    flags = [] if devices is None else ["--devices", str(devices)]
+    flags += [] if plan is None else ["--plan", plan]
+    return flags + (["--json"] if json else [])
+
+
+def _refuse_with_supervise(
+    coordinator: str | None, processes: int | None, process: int | None, dry_run: bool
+) -> None:
+    if (coordinator, processes, process) != (None, None, None):
+        raise UserError(
+            "a supervisor tells its trainers where they meet; drop --coordinator, --processes and "
+            "--process, and start one supervisor on each node with --nodes N"
+        )
+    if dry_run:
+        raise UserError("--dry-run starts nothing, so there is nothing to supervise; drop one")

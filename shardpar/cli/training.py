@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import sys
 import time
@@ -32,7 +33,7 @@ from shardpar.config.load import load
 from shardpar.config.model_source import find_model
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import RunConfig
-from shardpar.errors import ConfigError, RunError, UserError
+from shardpar.errors import ConfigError, PlanError, RunError, UserError
 from shardpar.lowering.devices import local_cluster
 from shardpar.lowering.switch import Programs
 from shardpar.run.checkpoints import Checkpoints
@@ -44,8 +45,8 @@ from shardpar.run.peers import Peers
 from shardpar.run.progress import Progress, clock_time
 from shardpar.run.rendezvous import Rendezvous
 from shardpar.run.report import write_report
+from shardpar.run.supervised import STOPPED, Supervised
 from shardpar.spec.cluster import Cluster
-from shardpar.spec.plan import Plan
 from shardpar.spec.text import plan_from_text, plan_to_text
 from shardpar.train import compile as compilation
 from shardpar.train.changes import PlanChanges, read_schedule
@@ -71,7 +72,7 @@ def train(
     dry_run: bool,
 ) -> None:
     """`shardpar train`."""
-    peers = use_devices(devices, where)
+    peers = _prepare(devices, where)
     given = config.train.run_dir
     _begin(config, name, Path(given) if given else None, peers, json=json, dry_run=dry_run)
 
@@ -87,21 +88,26 @@ def resume(
     dry_run: bool,
 ) -> None:
     """`shardpar train --resume`: the run's own config, with overrides."""
-    peers = use_devices(devices, where)
+    peers = _prepare(devices, where)
     directory = RunDirectory.existing(Path(path))
     given = list(overrides or ())
-    if (
-        plan
-        or any(text.startswith("plan.") for text in given)
-        or not _same_number_of_devices(directory)
-    ):
+    changed = not _same_devices(directory)
+    if plan or changed or any(text.startswith("plan.") for text in given):
         # Other devices or another plan: what the run pinned before does not bind it now.
-        given = [*(f"plan.{pin}=null" for pin in _PINS), *given]
+        pins = (*_PINS, "cluster") if changed else _PINS
+        given = [*(f"plan.{pin}=null" for pin in pins), *given]
     config, _ = read_config(
         [str(directory.config_yaml), *given],
         {"train.run_dir": str(directory.path), "plan.file": plan},
     )
     _begin(config, directory.path.name, directory.path, peers, json=json, dry_run=dry_run)
+
+
+def _prepare(devices: int | None, where: Rendezvous | None) -> Peers:
+    supervised = Supervised.find(os.environ)
+    if supervised is not None:
+        supervised.begin()
+    return use_devices(devices, where)
 
 
 def _begin(
@@ -155,10 +161,15 @@ def _machines(config: RunConfig) -> Cluster:
     return described
 
 
-def _same_number_of_devices(directory: RunDirectory) -> bool:
+def _same_devices(directory: RunDirectory) -> bool:
+    """Whether the run's plan is for the devices at hand, or a hand-written one fits them."""
     if not directory.plan.is_file():
         return True
-    return len(compilation.read_plan(directory.plan).devices) == len(jax.devices())
+    plan, here = compilation.read_plan(directory.plan), local_cluster()
+    by_hand = load(str(directory.config_yaml), find_files=False).plan.file is not None
+    if by_hand or plan.cluster == here.name:
+        return max(plan.devices) < here.num_devices
+    return len(plan.devices) == here.num_devices
 
 
 def _train(
@@ -172,6 +183,7 @@ def _train(
     *,
     json: bool,
 ) -> None:
+    supervised = Supervised.find(os.environ)
     directory.make()
     started = time.monotonic()
     stored = read_tokenizer(directory) if (directory.path / TOKENIZER).is_file() else None
@@ -184,12 +196,16 @@ def _train(
     for warning in captured.warnings:
         progress.say(f"note: {warning}")
     planned = _planned_together(config, captured, directory, machines, peers)
-    schedule = read_schedule(
+    schedule, later = read_schedule(
         config.train.plan_schedule, captured, config.train.global_batch, machines.num_devices
     )
+    if later and not directory.is_run():
+        raise PlanError(later[0])
+    for reason in later:
+        progress.say(f"note: left out of train.plan_schedule for now: {reason}")
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     programs = Programs(captured, optimizer, config.program)
-    texts = _texts(config, planned, schedule, data)
+    texts = _texts(config, planned, data)
     peers.agree("plan, config, data or code", _digest(texts, data))
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -223,9 +239,12 @@ def _train(
                 peers,
                 PlanChanges(schedule, config.train.switch_every).at,
                 lambda plan: _write_all({PLAN: plan_to_text(plan)}, directory),
+                supervised is not None,
             ),
         )
     text = _sample(config, outcome, data, peers, progress)
+    if outcome.stopped and supervised is not None:
+        raise SystemExit(STOPPED)
     if not peers.is_first:
         return
     ended = "stopped" if outcome.stopped else "diverged" if outcome.diverged else "finished"
@@ -273,14 +292,13 @@ def _digest(texts: Mapping[str, str], data: TextData) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _texts(
-    config: RunConfig, planned: Planned, schedule: Sequence[Plan], data: TextData
-) -> dict[str, str]:
+def _texts(config: RunConfig, planned: Planned, data: TextData) -> dict[str, str]:
     """What is kept beside the run and each of its checkpoints: all that is needed to go on."""
     # Plans are kept too, so the run does not depend on the files they came from.
     if config.plan.file is not None:
         config = replace(config, plan=replace(config.plan, file=PLAN))
-    plans = {f"plan-{n}.yaml": plan_to_text(plan) for n, plan in enumerate(schedule)}
+    schedule = enumerate(config.train.plan_schedule)
+    plans = {f"plan-{n}.yaml": Path(file).read_text() for n, file in schedule}
     config = replace(config, train=replace(config.train, plan_schedule=tuple(plans)))
     return {
         **plans,

@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 from shardpar.config.values import Plain
 from shardpar.lowering.options import ProgramOptions
 from shardpar.planner.options import SearchOptions
-from shardpar.run.options import CheckpointOptions
+from shardpar.run.options import CheckpointOptions, SuperviseOptions
 from shardpar.train.options import DataOptions, OptimizerOptions, TrainOptions
 
 
@@ -48,13 +48,14 @@ class RunConfig:
     program: ProgramOptions = field(default_factory=ProgramOptions)
     plan: SearchOptions = field(default_factory=SearchOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    supervise: SuperviseOptions = field(default_factory=SuperviseOptions)
 
 
 def section_classes() -> dict[str, type]:
     """The dataclass of each section but `model`, whose keys are the model file's to name.
 
     >>> sorted(section_classes())
-    ['checkpoint', 'data', 'optimizer', 'plan', 'program', 'train']
+    ['checkpoint', 'data', 'optimizer', 'plan', 'program', 'supervise', 'train']
     """
     return {name: cls for name, cls in get_type_hints(RunConfig).items() if name != "model"}
 

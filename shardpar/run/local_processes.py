@@ -20,7 +20,7 @@ from shardpar.run.rendezvous import COORDINATOR, COUNT, INDEX
 
 GRACE_S = 30.0
 """How long a process that was asked to end may take."""
-_NOISE = b"[Gloo] Rank "
+_NOISE = b"peer ranks. Expected number of connected peer ranks"
 """What the CPU backend's collectives print when they connect."""
 
 
@@ -126,7 +126,7 @@ def _follow(stream: IO[bytes] | None, out: IO[str], mark: str) -> threading.Thre
     def copy() -> None:
         assert stream is not None
         for line in stream:
-            if line.startswith(_NOISE):
+            if _NOISE in line:
                 continue
             out.write(mark + line.decode(errors="replace"))
             out.flush()

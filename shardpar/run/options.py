@@ -23,3 +23,28 @@ class CheckpointOptions:
     every_s: Annotated[float, Meta(ge=0.0)] = 0.0
     keep: Annotated[int, Meta(ge=1)] = 3
     keep_every_steps: Annotated[int, Meta(ge=0)] = 0
+
+
+@dataclass(frozen=True)
+class SuperviseOptions:
+    """Section `supervise` of a config: how `shardpar train --supervise` keeps a run alive.
+
+    Attributes:
+      heartbeat_s: how often nodes and trainers give a sign of life.
+      lost_after_s: a node or a trainer that is silent for so long is lost.
+      start_s: how long a trainer may take from its start to its first sign of life.
+      join_s: how long the first nodes wait for the others.
+      backoff_s: wait before the second restart in a row without progress; doubles each time.
+      most_backoff_s: the longest such wait.
+      give_up_after: failures in a row without a new checkpoint after which the run ends.
+      least_nodes: fewer nodes than this wait for more instead of training.
+    """
+
+    heartbeat_s: Annotated[float, Meta(gt=0.0)] = 2.0
+    lost_after_s: Annotated[float, Meta(gt=0.0)] = 30.0
+    start_s: Annotated[float, Meta(gt=0.0)] = 300.0
+    join_s: Annotated[float, Meta(ge=0.0)] = 60.0
+    backoff_s: Annotated[float, Meta(ge=0.0)] = 1.0
+    most_backoff_s: Annotated[float, Meta(ge=0.0)] = 60.0
+    give_up_after: Annotated[int, Meta(ge=1)] = 5
+    least_nodes: Annotated[int, Meta(ge=1)] = 1

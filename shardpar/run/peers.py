@@ -178,6 +178,8 @@ def meet(where: Rendezvous | None, *, timeout_s: int = MEET_S, silence_s: int = 
     if where is None:
         return ALONE
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # Signals are ours: the first process decides when all of them stop.
+    jax.config.update("jax_enable_preemption_service", False)
     given: dict[str, Any] = {}
     if where.coordinator is not None:
         given = {

@@ -51,7 +51,7 @@ class PlanChanges:
 
 def read_schedule(
     files: Sequence[str], captured: Captured, global_batch: int, devices: int
-) -> tuple[Plan, ...]:
+) -> tuple[tuple[Plan, ...], tuple[str, ...]]:
     """The plans of `train.plan_schedule`, checked before the run begins.
 
     Args:
@@ -60,10 +60,14 @@ def read_schedule(
       global_batch: of the run.
       devices: how many there are.
 
+    Returns:
+      Those that fit the devices, and for each of the others why it does not: a run that lost
+      devices goes on with fewer plans until it has them back.
+
     Raises:
-      PlanError: one is missing, malformed, or for another model, batch or cluster.
+      PlanError: one is missing, malformed, or for another model or batch.
     """
-    plans = []
+    plans, later = [], []
     for file in files:
         plan = read_plan(file, captured.graph)
         if plan.global_batch != global_batch:
@@ -72,9 +76,10 @@ def read_schedule(
                 f"{global_batch}; plans of one schedule take the run's batch"
             )
         if max(plan.devices) >= devices:
-            raise PlanError(
+            later.append(
                 f"{file}: it uses device {max(plan.devices)}, and there are {devices} devices, "
                 "counted from 0; plan for these"
             )
+            continue
         plans.append(plan)
-    return tuple(plans)
+    return tuple(plans), tuple(later)

@@ -82,6 +82,7 @@ class Surroundings:
       wanted_plan: asked in the first process how the step after so many steps is to be
         computed; the plan in force, or another.
       switched: told in the first process which plan is in force from now on.
+      supervised: whether a supervisor starts this process again when it ends.
     """
 
     checkpoints: Checkpoints
@@ -94,6 +95,7 @@ class Surroundings:
     peers: Peers
     wanted_plan: Callable[[int, Plan], Plan]
     switched: Callable[[Plan], None]
+    supervised: bool = False
 
 
 def train(
@@ -194,6 +196,7 @@ class _Loop:
             options.stuck_after_s,
             self._waiting_for,
             around.progress.say_always,
+            alone=around.supervised,
         )
 
     def run(self, state: TrainState, start: int) -> Outcome:
@@ -257,8 +260,12 @@ class _Loop:
         """What is to be done after so many steps: the same in every process."""
         around, steps = self.around, self.options.steps
 
+        if around.should_stop() and not around.peers.is_first:
+            around.peers.tell("stop", "asked")
+
         def choose() -> dict[str, Any]:
-            stop = step < steps and around.should_stop()
+            asked = around.should_stop() or around.peers.told("stop") is not None
+            stop = step < steps and asked
             timely = due(
                 self.saving,
                 step=step,
