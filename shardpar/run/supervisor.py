@@ -302,7 +302,7 @@ class Supervisor:
     def _take_over(self) -> None:
         """An epoch that this node has no part in is not gone on with."""
         epoch = self._read_epoch()
-        if epoch.number and (epoch.over is not None or self._epoch != epoch.number):
+        if self._epoch != epoch.number:
             self._write(self._folder / "epoch.json", asdict(Epoch(epoch.number)))
 
     def _alive(self, now_s: float) -> dict[str, Node]:
