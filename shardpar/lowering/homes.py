@@ -6,7 +6,7 @@ reads another stage's parameter, is one array over a union of groups.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from shardpar.lowering.union import UnionArray
 from shardpar.lowering.wires import rehomed
 from shardpar.spec.layout import Across, Layout
 from shardpar.spec.reshard import Reshard, Tensor, fuse
+from shardpar.spec.surviving import survivors
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,14 +143,6 @@ class Homes:
         """Where the first copies lie."""
         return self._whole.unflatten([home.shapes[0] for home in self._homes])
 
-    def of_first_copies(self, whole: Any) -> dict[str, UnionArray]:
-        """What `first_copies` made, as unions of one group."""
-        leaves = self._whole.flatten_up_to(whole)
-        return {
-            path: UnionArray((leaf,), Layout(home.layout.groups[:1]), tuple(leaf.shape))
-            for (path, home), leaf in zip(self.leaves.items(), leaves, strict=True)
-        }
-
 
 class Move:
     """Brings arrays into the layouts of other homes in one fused reshard, any number of times.
@@ -180,12 +173,40 @@ class Move:
             dtypes = [a.dtype for a in bits.values()]
             self._transfer = Transfer(fuse(tensors), dtypes, self.devices)
         moved = dict(zip(bits, self._transfer(list(bits.values()), donate=donate), strict=True))
-        for path, array in arrays.items():
-            if _is_key(array):
-                wrapped = tuple(
-                    jax.random.wrap_key_data(x, impl=array.dtype) for x in moved[path].arrays
-                )
-                moved[path] = UnionArray(wrapped, self.go[path], array.shape)
+        return self._as_keys(moved, arrays)
+
+    def without(
+        self, lost: Collection[int], arrays: Mapping[str, UnionArray]
+    ) -> tuple[dict[str, UnionArray], tuple[str, ...]]:
+        """The arrays in their new layouts, from the pieces that other devices hold.
+
+        Args:
+          lost: devices whose pieces are not read.
+          arrays: by path; they are left as they are.
+
+        Returns:
+          The arrays that can be had, and the paths of those that cannot.
+        """
+        bits = {path: _bits_of(a) if _is_key(a) else a for path, a in arrays.items()}
+        tensors = [
+            Tensor(a.layout, self.go[path], tuple(a.shape), a.dtype.itemsize)
+            for path, a in bits.items()
+        ]
+        found = survivors(tensors, lost)
+        paths = list(bits)
+        there = [paths[i] for i in found.whole]
+        program = Transfer(found.reshard, [bits[p].dtype for p in there], self.devices)
+        moved = dict(zip(there, program([bits[p] for p in there]), strict=True))
+        return self._as_keys(moved, arrays), tuple(paths[i] for i, _ in found.missing)
+
+    def _as_keys(
+        self, moved: dict[str, UnionArray], arrays: Mapping[str, UnionArray]
+    ) -> dict[str, UnionArray]:
+        for path, bits in list(moved.items()):
+            keys = arrays[path]
+            if _is_key(keys):
+                wrapped = tuple(jax.random.wrap_key_data(x, impl=keys.dtype) for x in bits.arrays)
+                moved[path] = UnionArray(wrapped, self.go[path], keys.shape)
         return moved
 
     @property

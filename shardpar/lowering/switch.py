@@ -7,7 +7,7 @@ the state, only parameters go there and only gradients come back (Hydraulis).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +38,29 @@ class Switched:
     program: AnyProgram
     state: TrainState
     gathered: Gathered | None = None
+
+
+@dataclass(frozen=True)
+class Rescued:
+    """What is left of a state after devices were lost, where another plan wants it.
+
+    Attributes:
+      program: of that plan.
+      found: leaves by path.
+      missing: paths of leaves of which some slice has no living copy.
+    """
+
+    program: AnyProgram
+    found: Mapping[str, UnionArray]
+    missing: tuple[str, ...]
+
+    def state(self, restored: Mapping[str, UnionArray] = {}) -> TrainState:
+        """The whole state.
+
+        Args:
+          restored: the missing leaves, in the program's layouts.
+        """
+        return self.program.homes.settled({**self.found, **restored})  # type: ignore[no-any-return]
 
 
 class Programs:
@@ -132,6 +155,27 @@ class Programs:
             for name in names
         ]
         return Switched(new, *settled)
+
+    def rescue(
+        self, program: AnyProgram, state: TrainState, plan: Plan, lost: Collection[int]
+    ) -> Rescued:
+        """Brings what living devices hold of a state to a plan that does without the lost ones.
+
+        Each slice comes from a living copy in any group. The old state is left as it is.
+
+        Args:
+          program: of the plan in force.
+          state: under it.
+          plan: the new one.
+          lost: devices whose memory is not to be read.
+
+        Raises:
+          SpecError: the plan uses a lost device.
+        """
+        new = self.program(plan)
+        go = {path: home.layout for path, home in new.homes.leaves.items()}
+        found, missing = Move(go, self.devices).without(lost, program.homes.unions(state))
+        return Rescued(new, found, missing)
 
     def accumulate(
         self,

@@ -206,7 +206,7 @@ class Transfer:
         return phases
 
     def _actions(self, running: dict[int, Stride]) -> Iterator[Action]:
-        alone = {i: s.step for i, s in running.items() if xla_can(s.step)}
+        alone = {i: s.step for i, s in running.items() if not s.by_slices and xla_can(s.step)}
         summed = {i: s.step for i, s in running.items() if s.step.adds == "groups"}
         sent = {i: s for i, s in running.items() if i not in alone and i not in summed}
         where = Where(self.resolved.tensors, self.dtypes, self.devices)

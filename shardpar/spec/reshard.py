@@ -81,11 +81,14 @@ class Stride:
       step: the two layouts.
       moves: the slices that cross, each with its sender.
       communications: what that is called, and its bytes.
+      by_slices: whether the slices are all there is, though a collective could do the step:
+        some of its devices cannot take part.
     """
 
     step: Step
     moves: tuple[Move, ...]
     communications: tuple[Communication, ...]
+    by_slices: bool = False
 
 
 @dataclass(frozen=True)
