@@ -9,6 +9,7 @@ state, plus what the forward saves for the backward, plus the largest scratch.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardpar.planner.profile import Rates
@@ -135,12 +136,13 @@ def plan_cost(plan: Plan, graph: LayerGraph, cluster: Cluster, workload: Workloa
         for number in range(len(pipeline.stages)):
             setting = setting_of(plan, pipeline, pipeline.stages[number], graph, cluster, workload)
             costs.append(stage_cost(pipeline, number, graph, setting))
-        steps_s.append(_pipeline_s(pipeline, [cost.microbatch_s for cost in costs]))
+        steps_s.append(pipeline_s(pipeline, [cost.microbatch_s for cost in costs]))
         stages += _together(pipeline, costs)
     return PlanCost(max(steps_s), max(cost.peak_bytes for cost in stages), tuple(stages))
 
 
-def _pipeline_s(pipeline: Pipeline, times: list[float]) -> float:
+def pipeline_s(pipeline: Pipeline, times: Sequence[float]) -> float:
+    """A pipeline's step by the formula of `plan_cost`, from its stages' seconds a micro-batch."""
     groups = pipeline.num_groups
     busy = [math.fsum(times[g::groups]) for g in range(groups)]
     longest = max(range(groups), key=busy.__getitem__)

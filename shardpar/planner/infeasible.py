@@ -110,8 +110,9 @@ def _what_would_fit(peak_bytes: float, problem: Problem) -> str:
     how = " without the pins in section plan" if unpinned != options else ""
     for factor in (2, 4, 8, 16, 32):
         bigger = replace(
-            cluster, hosts=tuple(Hosts(h.kind, h.devices, h.count * factor) for h in cluster.hosts)
-        )
+            cluster, hosts=tuple(Hosts(h.kind, h.devices, h.count * factor) for h in cluster.hosts),
+            speeds=(),
+        )  # fmt: skip
         if bigger.num_devices > MOST_DEVICES:
             break
         if fits(_changed(problem, bigger, unpinned)):

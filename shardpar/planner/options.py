@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from msgspec import Meta
+
+from shardpar.errors import SpecError
 
 Degree = Annotated[int, Meta(ge=1)]
 
@@ -56,3 +59,58 @@ class SearchOptions:
     fix: str | None = None
     epsilon: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     rescore: Degree = 8
+
+
+@dataclass(frozen=True)
+class StragglerOptions:
+    """When a device counts as slow.
+
+    Attributes:
+      factor: how many times longer than predicted a device takes, to be called slow; also by how
+        much its speed must change to be reported anew.
+      recovered: below this factor a slow device is called well again; between the two it stays
+        what it is called, so that it does not change back and forth.
+      for_s: seconds for which all readings must say the same.
+      relative: whether times are compared with the other devices' as well: a prediction that is
+        wrong for all by the same factor then makes none of them slow.
+    """
+
+    factor: Annotated[float, Meta(gt=1.0)] = 1.3
+    recovered: Annotated[float, Meta(ge=1.0)] = 1.1
+    for_s: Annotated[float, Meta(ge=0.0)] = 30.0
+    relative: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.recovered < self.factor < math.inf:
+            raise SpecError(
+                f"stragglers: factor is {self.factor} and recovered {self.recovered}; write "
+                "1 <= recovered < factor"
+            )
+        if not 0 <= self.for_s < math.inf:
+            raise SpecError(f"stragglers: for_s is {self.for_s}; write seconds, 0 or more")
+
+
+@dataclass(frozen=True)
+class ReplanOptions:
+    """What a change of plan costs besides moving the state, and for how long it must pay off.
+
+    Attributes:
+      horizon_steps: steps that the machines are expected to stay as they are.
+      compile_s: seconds to compile and start another plan's programs.
+      restore_bandwidth: bytes per second at which a checkpoint is read, all devices together.
+    """
+
+    horizon_steps: Annotated[int, Meta(ge=1)] = 1000
+    compile_s: Annotated[float, Meta(ge=0.0)] = 30.0
+    restore_bandwidth: Annotated[float, Meta(gt=0.0)] = 1e9
+
+    def __post_init__(self) -> None:
+        if self.horizon_steps < 1:
+            raise SpecError(f"replan: horizon_steps is {self.horizon_steps}; write 1 or more")
+        if not 0 <= self.compile_s < math.inf:
+            raise SpecError(f"replan: compile_s is {self.compile_s}; write seconds, 0 or more")
+        if not 0 < self.restore_bandwidth < math.inf:
+            raise SpecError(
+                f"replan: restore_bandwidth is {self.restore_bandwidth}; write bytes per second, "
+                "more than 0"
+            )

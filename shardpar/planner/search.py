@@ -192,7 +192,7 @@ def _rescored(
 
 
 def _unequal(cluster: Cluster) -> bool:
-    return len({hosts.kind for hosts in cluster.hosts}) > 1
+    return len({cluster.kind_of(device).name for device in range(cluster.num_devices)}) > 1
 
 
 def memory_limit(cluster: Cluster, options: SearchOptions) -> float:

@@ -20,7 +20,7 @@ from shardpar.spec.check import check_layer
 from shardpar.spec.graph import OUTSIDE, LayerClass, LayerGraph
 from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy
-from shardpar.spec.select import summarise
+from shardpar.spec.select import selector
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Space:
                     blocks[-1][1].extend(names)
                 else:
                     blocks.append((strategy, names))
-        return tuple(replace(strategy, layers=_selector(names)) for strategy, names in blocks)
+        return tuple(replace(strategy, layers=selector(names)) for strategy, names in blocks)
 
 
 @functools.lru_cache(maxsize=64)
@@ -123,11 +123,6 @@ def _intervals(
     counts = np.clip(upto - np.maximum(starts[:, None], firsts[None, :]), 0, None)
     distinct, inverse = np.unique(counts, axis=0, return_inverse=True)
     return starts, ends, distinct, inverse.reshape(-1)
-
-
-def _selector(names: list[str]) -> str:
-    short = summarise(names)
-    return short if "," not in short else f"{names[0]}..{names[-1]}"
 
 
 def parts_of(graph: LayerGraph, pins: Mapping[str, Pins]) -> tuple[Part, ...]:

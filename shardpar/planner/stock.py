@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,7 +40,7 @@ class Stock:
         names = sorted(by_kind, key=lambda n: (-cluster.kind_of(by_kind[n][0]).memory_bytes, n))
         units = []
         for name in names:
-            sizes = {hosts.devices for hosts in cluster.hosts if hosts.kind == name}
+            sizes = set(Counter(map(cluster.host_of, by_kind[name])).values())
             total = len(by_kind[name])
             size = sizes.pop() if len(sizes) == 1 else total
             while total // size > most_units or total % size:

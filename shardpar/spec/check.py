@@ -31,7 +31,7 @@ def check(plan: Plan, graph: LayerGraph, cluster: Cluster | None = None) -> None
         missing = [d for d in plan.devices if d >= cluster.num_devices or d < 0]
         if missing:
             raise PlanError(
-                f"the plan uses devices {_ranges(plan.devices)} but cluster "
+                f"the plan uses devices {ranges(plan.devices)} but cluster "
                 f'"{cluster.name}" has {cluster.num_devices} (0 to {cluster.num_devices - 1}); '
                 "plan again for this cluster, or start with more devices"
             )
@@ -70,7 +70,7 @@ def _check_pipeline(pipeline: Pipeline, plan: Plan, graph: LayerGraph) -> None:
                 raise _left_out(missing)
             stray = [n for n in chosen if n not in expected]
             raise PlanError(
-                f"the stage on devices {_ranges(stage.devices)} has layers "
+                f"the stage on devices {ranges(stage.devices)} has layers "
                 f"{summarise([x.name for x in graph.layers if x.name in chosen])}, but the next "
                 f"{len(chosen)} layers of the model are {summarise(expected)}; "
                 f"{summarise(stray)} {'is' if len(stray) == 1 else 'are'} out of place"
@@ -169,8 +169,12 @@ def _check_context(cls: LayerClass, strategy: LayerStrategy, mesh: Mesh) -> None
             )
 
 
-def _ranges(devices: tuple[int, ...]) -> str:
-    """Device numbers, consecutive ones as a range: "0-7", "0,2,4-5"."""
+def ranges(devices: tuple[int, ...]) -> str:
+    """Device numbers, consecutive ones as a range.
+
+    >>> ranges((0, 2, 4, 5))
+    '0,2,4-5'
+    """
     runs: list[list[int]] = []
     for device in devices:
         if runs and runs[-1][-1] == device - 1:

@@ -7,8 +7,10 @@ true as the rates under it.
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -100,6 +102,22 @@ class DeviceKind:
         rates = dict(self.matmul_flops)
         return rates.get(dtype, min(rates.values()))
 
+    def at(self, speed: float) -> DeviceKind:
+        """The kind of a device that reaches only a share of these rates; its memory is whole.
+
+        >>> slow = DeviceKind("x", (("float32", 8.0),), 1.0, 2.0).at(0.25)
+        >>> slow.name, slow.matmul_flops, slow.memory_bandwidth
+        ('x at 0.25', (('float32', 2.0),), 0.5)
+        """
+        if speed == 1:
+            return self
+        return replace(
+            self,
+            name=f"{self.name} at {speed}",
+            matmul_flops=tuple((dtype, rate * speed) for dtype, rate in self.matmul_flops),
+            memory_bandwidth=self.memory_bandwidth * speed,
+        )
+
 
 @dataclass(frozen=True)
 class Link:
@@ -139,6 +157,13 @@ class Hosts:
 class Cluster:
     """Hosts, the kinds of their devices, and the links inside a host and between hosts.
 
+    Attributes:
+      name: for people, and for plans to say what they were made for.
+      kinds: those that hosts refer to.
+      hosts: in the order in which their devices are numbered.
+      intra_host, inter_host: links between two devices of one host, and of two.
+      speeds: (device, share of its kind's rates) of devices slower than their kind, in order.
+
     >>> kind = DeviceKind("x", (("float32", 1e12),), memory_bytes=16e9, memory_bandwidth=1e11)
     >>> cluster = Cluster("two", (kind,), (Hosts("x", 4, 2),), Link(1e11), Link(1e10))
     >>> cluster.num_devices, cluster.host_of(5)
@@ -150,6 +175,7 @@ class Cluster:
     hosts: tuple[Hosts, ...]
     intra_host: Link
     inter_host: Link
+    speeds: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         names = [kind.name for kind in self.kinds]
@@ -168,6 +194,39 @@ class Cluster:
                 f'cluster "{self.name}": hosts have {self.num_devices:,} devices in all; a cluster '
                 f"may have {MOST_DEVICES:,}"
             )
+        if self.speeds:
+            self._check_speeds()
+
+    def _check_speeds(self) -> None:
+        for device, speed in self.speeds:
+            if not LEAST <= speed <= 1:
+                raise SpecError(
+                    f'cluster "{self.name}": speeds: device {device} has speed {speed}; it is a '
+                    "share of its kind's rates, write more than 0 and at most 1"
+                )
+            if not 0 <= device < self.num_devices:
+                raise SpecError(
+                    f'cluster "{self.name}": speeds: there is no device {device}; name one from 0 '
+                    f"to {self.num_devices - 1}"
+                )
+        for (one, _), (other, _) in itertools.pairwise(self.speeds):
+            if other <= one:
+                raise SpecError(
+                    f'cluster "{self.name}": speeds: device {other} comes after device {one}; '
+                    "name each device once, the smallest number first"
+                )
+        _ = self._slow  # A rate that is too small shows here, not in the middle of a search.
+
+    @cached_property
+    def _slow(self) -> dict[int, DeviceKind]:
+        known: dict[tuple[str, float], DeviceKind] = {}
+        slow = {}
+        for device, speed in self.speeds:
+            name = self._placement[device][0]
+            if (name, speed) not in known:
+                known[name, speed] = self._by_name[name].at(speed)
+            slow[device] = known[name, speed]
+        return slow
 
     @cached_property
     def _placement(self) -> tuple[tuple[str, int], ...]:
@@ -189,9 +248,10 @@ class Cluster:
         return sum(hosts.count * hosts.devices for hosts in self.hosts)
 
     def kind_of(self, device: int) -> DeviceKind:
-        """The kind of a device, by its number."""
+        """The kind of a device, by its number; that of a slow one has the rates it reaches."""
         self._require(device)
-        return self._by_name[self._placement[device][0]]
+        slow = self._slow.get(device)
+        return self._by_name[self._placement[device][0]] if slow is None else slow
 
     def host_of(self, device: int) -> int:
         """The number of the host a device sits in."""
@@ -202,6 +262,66 @@ class Cluster:
         """The slowest link a collective over these devices must cross."""
         hosts = {self.host_of(device) for device in devices}
         return self.intra_host if len(hosts) <= 1 else self.inter_host
+
+    def only(self, devices: Iterable[int]) -> Cluster:
+        """The cluster of some of the devices, numbered anew in their old order.
+
+        Hosts without any of them vanish, so hosts may become unequal.
+
+        Raises:
+          SpecError: there is no such device, or none is left.
+
+        >>> kind = DeviceKind("x", (("float32", 1e12),), memory_bytes=16e9, memory_bandwidth=1e11)
+        >>> cluster = Cluster("two", (kind,), (Hosts("x", 4, 2),), Link(1e11), Link(1e10))
+        >>> cluster.only({1, 2, 3, 4, 5, 6, 7}).hosts
+        (Hosts(kind='x', devices=3, count=1), Hosts(kind='x', devices=4, count=1))
+        """
+        kept = sorted(set(devices))
+        if not kept:
+            raise SpecError(f'cluster "{self.name}": no device is left; name at least one to keep')
+        for device in kept:
+            self._require(device)
+        sizes = [
+            (self._placement[members[0]][0], len(members))
+            for _, group in itertools.groupby(kept, self.host_of)
+            if (members := list(group))
+        ]
+        hosts = tuple(
+            Hosts(kind, size, len(list(alike))) for (kind, size), alike in itertools.groupby(sizes)
+        )
+        known = self._speed_by_device
+        speeds = tuple((new, known[old]) for new, old in enumerate(kept) if old in known)
+        return replace(self, hosts=hosts, speeds=speeds)
+
+    def slowed(self, speeds: Mapping[int, float]) -> Cluster:
+        """The cluster with some devices slower than their kind, or as fast as it again.
+
+        Args:
+          speeds: by device, the share of its kind's rates that it reaches; devices that are
+            not named keep the speed they have.
+
+        Raises:
+          SpecError: a speed is not above 0 and at most 1, or there is no such device.
+
+        >>> kind = DeviceKind("x", (("float32", 1e12),), memory_bytes=16e9, memory_bandwidth=1e11)
+        >>> cluster = Cluster("one", (kind,), (Hosts("x", 4),), Link(1e11), Link(1e10))
+        >>> slow = cluster.slowed({2: 0.4})
+        >>> slow.kind_of(2).name, slow.slowed({2: 1.0}) == cluster
+        ('x at 0.4', True)
+        """
+        for device in speeds:
+            self._require(device)
+        known = {**self._speed_by_device, **speeds}
+        return replace(self, speeds=tuple((d, s) for d, s in sorted(known.items()) if s != 1))
+
+    def speed_of(self, device: int) -> float:
+        """The share of its kind's rates that a device reaches."""
+        self._require(device)
+        return self._speed_by_device.get(device, 1.0)
+
+    @cached_property
+    def _speed_by_device(self) -> dict[int, float]:
+        return dict(self.speeds)
 
     def _require(self, device: int) -> None:
         if not 0 <= device < self.num_devices:

@@ -8,7 +8,8 @@ its parameters at rest; every axis that is not in `tensor` splits the data: thos
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from shardpar.errors import PlanError
@@ -256,3 +257,36 @@ class Plan:
     def in_short(self) -> str:
         """How many devices each stage of each pipeline has, such as "2+2 | 1+1+1"."""
         return " | ".join("+".join(str(len(s.devices)) for s in p.stages) for p in self.pipelines)
+
+    def on(self, devices: Sequence[int]) -> Plan:
+        """The plan on other devices: what ran on device i runs on `devices[i]`.
+
+        A plan for `cluster.only(kept)` is so turned into one for the cluster itself.
+
+        Raises:
+          PlanError: the plan uses a device beyond the last of these.
+
+        >>> from shardpar.spec.mesh import Mesh
+        >>> stage = Stage((0, 1), Mesh.factored(2), (LayerStrategy("all"),))
+        >>> Plan("c", 1, (Pipeline(1, 1, (stage,)),)).on((4, 7)).devices
+        (4, 7)
+        """
+        missing = [device for device in self.devices if device >= len(devices)]
+        if missing:
+            raise PlanError(
+                f"the plan uses device {missing[0]}, but only {len(devices)} devices are given "
+                "to put it on; name one for each that it uses"
+            )
+        return replace(
+            self,
+            pipelines=tuple(
+                replace(
+                    pipeline,
+                    stages=tuple(
+                        replace(stage, devices=tuple(devices[d] for d in stage.devices))
+                        for stage in pipeline.stages
+                    ),
+                )
+                for pipeline in self.pipelines
+            ),
+        )

@@ -31,6 +31,16 @@ def every_layer(graph: LayerGraph) -> str:
     return first if first == last else f"{first}..{last}"
 
 
+def selector(names: list[str] | tuple[str, ...]) -> str:
+    """The selector of some consecutive layers.
+
+    >>> selector(["embed", "blocks[0]", "blocks[1]"]), selector(["blocks[0]", "blocks[1]"])
+    ('embed..blocks[1]', 'blocks[0:2]')
+    """
+    short = summarise(names)
+    return short if "," not in short else f"{names[0]}..{names[-1]}"
+
+
 def select(selector: str, graph: LayerGraph) -> tuple[Layer, ...]:
     """The layers a selector names, in graph order.
 

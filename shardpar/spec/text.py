@@ -121,12 +121,18 @@ class _Links(_Strict):
     inter_host: _Link
 
 
+class _Speed(_Strict):
+    speed: float
+    devices: list[int]
+
+
 class _Cluster(_Strict):
     format: str
     name: str
     kinds: dict[str, _Kind]
     hosts: list[_Hosts]
     links: _Links
+    speeds: list[_Speed] = []
 
 
 class _Flow(dict[str, Any]):
@@ -379,13 +385,20 @@ def cluster_to_text(cluster: Cluster) -> str:
         if kind.overlap is None:
             del fields["overlap"]
         kinds[kind.name] = fields
-    document = {
+    document: dict[str, Any] = {
         "format": CLUSTER_FORMAT,
         "name": cluster.name,
         "kinds": kinds,
         "hosts": [_Flow(msgspec.to_builtins(hosts)) for hosts in cluster.hosts],
         "links": {"intra_host": link(cluster.intra_host), "inter_host": link(cluster.inter_host)},
     }
+    if cluster.speeds:
+        by_speed: dict[float, list[int]] = {}
+        for device, speed in cluster.speeds:
+            by_speed.setdefault(speed, []).append(device)
+        document["speeds"] = [
+            _Flow(speed=speed, devices=_FlowList(devices)) for speed, devices in by_speed.items()
+        ]
     return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=100, allow_unicode=True)
 
 
@@ -419,8 +432,11 @@ def cluster_from_text(text: str, where: str = "cluster") -> Cluster:
         link = getattr(document.links, key)
         with file.at("links", key, instead_of="link"):
             links.append(Link(link.bandwidth, link.latency_s, link.source, link.note))
+    speeds = sorted((d, entry.speed) for entry in document.speeds for d in entry.devices)
     with file.at(instead_of=f'cluster "{document.name}"'):
-        cluster = Cluster(document.name, tuple(kinds), tuple(hosts), *links)
+        cluster = Cluster(
+            document.name, tuple(kinds), tuple(hosts), links[0], links[1], tuple(speeds)
+        )
     return cluster
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from shardpar.errors import SpecError
 from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
@@ -24,7 +27,8 @@ def test_devices_are_numbered_host_by_host():
 
 @given(clusters())
 def test_every_device_has_a_host_and_a_kind(cluster):
-    placed = [(cluster.host_of(d), cluster.kind_of(d).name) for d in range(cluster.num_devices)]
+    plain = replace(cluster, speeds=())
+    placed = [(plain.host_of(d), plain.kind_of(d).name) for d in range(plain.num_devices)]
     expected = []
     for hosts in cluster.hosts:
         for _ in range(hosts.count):
@@ -46,6 +50,32 @@ def test_every_device_has_a_host_and_a_kind(cluster):
 )
 def test_a_collective_crosses_the_slowest_link_between_its_devices(devices, link):
     assert MIXED.link_among(devices) is link
+
+
+def test_a_slow_device_has_its_own_rates_and_its_place():
+    slow = MIXED.slowed({5: 0.25})
+    assert slow.kind_of(5) == replace(
+        FAST, name="fast at 0.25", matmul_flops=(("bfloat16", 1.0), ("float32", 0.25)),
+        memory_bandwidth=0.75,
+    )  # fmt: skip
+    assert [slow.kind_of(d) for d in (4, 6)] == [FAST, FAST]
+    assert slow.link_among((4, 5, 6)) is INTRA
+    assert [slow.speed_of(d) for d in (4, 5)] == [1.0, 0.25]
+    assert slow.slowed({0: 0.5}).speeds == ((0, 0.5), (5, 0.25))
+    assert slow.slowed({5: 1.0}) == MIXED
+
+
+@given(clusters(), st.data())
+def test_a_cluster_of_some_devices_has_them_as_they_were(cluster, data):
+    everything = range(cluster.num_devices)
+    kept = data.draw(st.sets(st.sampled_from(everything), min_size=1))
+    part, old = cluster.only(kept), sorted(kept)
+    assert part.num_devices == len(old)
+    assert [part.kind_of(d) for d in range(len(old))] == [cluster.kind_of(d) for d in old]
+    assert part.only(range(len(old))) == part
+    for new, d in enumerate(old):
+        for other, e in enumerate(old):
+            assert part.link_among((new, other)) == cluster.link_among((d, e))
 
 
 @pytest.mark.parametrize("device", [-1, 7])
@@ -116,6 +146,41 @@ def kind(**changed):
             'device kind "k": memory_bytes is 1e+300; write a number from 1e-09 to 1e+30',
         ),
         (lambda: Link(1e-300), "link: bandwidth is 1e-300; write a number from 1e-09 to 1e+30"),
+        *(
+            (
+                lambda speed=speed: MIXED.slowed({1: speed}),
+                f'cluster "m": speeds: device 1 has speed {speed}; it is a share of its kind\'s '
+                "rates, write more than 0 and at most 1",
+            )
+            for speed in (0.0, -0.4, 1.5, float("nan"), float("inf"), 1e-10)
+        ),
+        (
+            lambda: replace(MIXED, speeds=((7, 0.5),)),
+            'cluster "m": speeds: there is no device 7; name one from 0 to 6',
+        ),
+        (
+            lambda: replace(MIXED, speeds=((3, 0.5), (1, 0.5))),
+            'cluster "m": speeds: device 1 comes after device 3; name each device once, the '
+            "smallest number first",
+        ),
+        (
+            lambda: replace(MIXED, speeds=((3, 0.5), (3, 0.4))),
+            'cluster "m": speeds: device 3 comes after device 3; name each device once, the '
+            "smallest number first",
+        ),
+        (
+            lambda: Cluster(
+                "c", (kind(memory_bandwidth=1e-8),), (Hosts("k", 1),), INTRA, INTER, ((0, 0.01),)
+            ),
+            'device kind "k at 0.01": memory_bandwidth is 1e-10; write a number from 1e-09 to '
+            "1e+30",
+        ),
+        (
+            lambda: MIXED.only(()),
+            'cluster "m": no device is left; name at least one to keep',
+        ),
+        (lambda: MIXED.only((0, 7)), 'cluster "m" has devices 0 to 6; got 7'),
+        (lambda: MIXED.slowed({9: 0.5}), 'cluster "m" has devices 0 to 6; got 9'),
         (
             lambda: Cluster("c", (FAST, SLOW), (Hosts("k", 1),), INTRA, INTER),
             'cluster "c": hosts[0].kind is "k", which is not among its kinds: fast, slow',

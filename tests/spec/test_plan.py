@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from shardpar.errors import PlanError, SpecError
@@ -159,3 +161,22 @@ def test_the_gap_is_what_another_plan_could_save_at_most(step_s, bound, gap):
 
 def test_equal_plans_are_equal_and_hash_alike():
     assert len({Plan("x", 4, (Pipeline(4, 2, (ONE,)),)) for _ in range(2)}) == 1
+
+
+def test_a_plan_on_other_devices_is_the_same_plan():
+    there = Stage((1,), Mesh(), ALL)
+    plan = Plan("c", 3, (Pipeline(2, 1, (ONE,)), Pipeline(1, 1, (there,))))
+    moved = plan.on((5, 2, 9))
+    assert moved.devices == (5, 2)
+    assert [p.sequences for p in moved.pipelines] == [2, 1]
+    assert plan.on((0, 1)) == plan
+
+
+def test_a_plan_on_too_few_devices_is_refused():
+    plan = Plan("c", 1, (Pipeline(1, 1, (replace(ONE, devices=(3,)),)),))
+    with pytest.raises(PlanError) as error:
+        plan.on((4, 5))
+    assert str(error.value) == (
+        "the plan uses device 3, but only 2 devices are given to put it on; name one for each "
+        "that it uses"
+    )

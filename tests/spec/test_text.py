@@ -249,6 +249,45 @@ def test_a_cluster_may_leave_out_what_has_a_default():
     assert cluster.hosts[0].count == 1
 
 
+SPEEDS = """\
+speeds:
+- {speed: 0.4, devices: [0, 3]}
+- {speed: 0.9, devices: [1]}
+"""
+
+
+def test_slow_devices_are_listed_by_their_speed():
+    cluster = cluster_from_text(CLUSTER + SPEEDS)
+    assert cluster.speeds == ((0, 0.4), (1, 0.9), (3, 0.4))
+    assert cluster_to_text(cluster).endswith(SPEEDS)
+
+
+@pytest.mark.parametrize(
+    ("speeds", "message"),
+    [
+        (
+            "[{speed: 0, devices: [1]}]",
+            "speeds: device 1 has speed 0.0; it is a share of its kind's rates, write more than 0 "
+            "and at most 1",
+        ),
+        ("[{speed: 0.5, devices: [4]}]", "speeds: there is no device 4; name one from 0 to 3"),
+        (
+            "[{speed: 0.5, devices: [1]}, {speed: 0.4, devices: [1]}]",
+            "speeds: device 1 comes after device 1; name each device once, the smallest number "
+            "first",
+        ),
+        (
+            "[{speed: 0.5, device: [1]}]",
+            'speeds[0]: unknown key "device"; did you mean "devices"?',
+        ),
+    ],
+)
+def test_a_speed_that_is_wrong_says_what_to_write(speeds, message):
+    with pytest.raises(SpecError) as error:
+        cluster_from_text(f"{CLUSTER}speeds: {speeds}\n", "two.yaml")
+    assert str(error.value) == f"two.yaml line 19: {message}"
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

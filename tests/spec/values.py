@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
+from shardpar.errors import SpecError
 from shardpar.spec.cluster import Cluster, DeviceKind, Hosts, Link
 from shardpar.spec.graph import DTYPE_BYTES, Activation, Layer, LayerClass, LayerGraph, Parameter
 from shardpar.spec.mesh import Mesh
@@ -174,7 +175,18 @@ def clusters(draw):
     listed = tuple(draw(st.lists(kinds, min_size=1, max_size=3, unique_by=lambda kind: kind.name)))
     hosts = st.builds(Hosts, st.sampled_from([kind.name for kind in listed]), divisors, divisors)
     chosen = tuple(draw(st.lists(hosts, min_size=1, max_size=3)))
-    return Cluster(draw(names), listed, chosen, draw(links), draw(links))
+    cluster = Cluster(draw(names), listed, chosen, draw(links), draw(links))
+    slow = draw(
+        st.dictionaries(
+            st.integers(0, cluster.num_devices - 1),
+            st.sampled_from([0.4, 1 / 3]) | st.floats(1e-6, 1),
+            max_size=3,
+        )
+    )
+    try:
+        return cluster.slowed(slow)
+    except SpecError:  # The rate of a slow kind, made slower, may be too small to be one.
+        return cluster
 
 
 shapes = st.lists(st.integers(0, 10**6), max_size=3).map(tuple)
