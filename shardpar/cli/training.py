@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import RunConfig
 from shardpar.errors import ConfigError, PlanError, RunError, UserError
 from shardpar.lowering.devices import local_cluster
+from shardpar.lowering.probe import probe_s, product_flops
 from shardpar.lowering.switch import Programs
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
@@ -55,6 +57,8 @@ from shardpar.train.generate import generate as sample_tokens
 from shardpar.train.loop import PLAN, Outcome, Surroundings, require_vocabulary
 from shardpar.train.loop import train as run_loop
 from shardpar.train.optimizer import make_optimizer
+from shardpar.train.requests import Machines, Requests, Task
+from shardpar.train.watch import SpeedWatch
 
 MODEL = "model.py"
 """The model's source, kept to see whether it was changed between two sessions."""
@@ -134,8 +138,8 @@ def _begin(
         path = Path(peers.decide("run directory", lambda: str(_fresh(name))))
     directory = RunDirectory(path)
     config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
-    with _signals() as should_stop, Progress(quiet=not peers.is_first) as progress:
-        _train(config, name, directory, machines, peers, progress, should_stop, json=json)
+    with _signals() as signals, Progress(quiet=not peers.is_first) as progress:
+        _train(config, name, directory, machines, peers, progress, signals, json=json)
 
 
 def _fresh(name: str) -> Path:
@@ -179,7 +183,7 @@ def _train(
     machines: Cluster,
     peers: Peers,
     progress: Progress,
-    should_stop: Callable[[], bool],
+    signals: _Signals,
     *,
     json: bool,
 ) -> None:
@@ -221,6 +225,14 @@ def _train(
                     stdout=sys.stdout if json else None,
                 )
             )
+        requests = Requests(
+            directory.path,
+            Machines(machines, frozenset(range(machines.num_devices))),
+            Task(captured.graph, planned.work, config.plan, config.replan),
+            progress.say,
+        )
+        stack.callback(requests.close)
+        signals.on_replan = requests.ask
         _introduce(config, planned, data, directory, peers, progress)
         outcome = run_loop(
             programs,
@@ -234,11 +246,12 @@ def _train(
                 progress,
                 texts,
                 lambda: _write_all(texts, directory) if peers.is_first else None,
-                should_stop,
+                signals.should_stop,
                 _peak_flops(config, planned),
                 peers,
-                PlanChanges(schedule, config.train.switch_every).at,
+                PlanChanges(schedule, config.train.switch_every, requests).at,
                 lambda plan: _write_all({PLAN: plan_to_text(plan)}, directory),
+                _speed_watch(config, machines, peers, requests),
                 supervised is not None,
             ),
         )
@@ -444,6 +457,19 @@ def _conclude(
     screen.print(f"report: {directory.report}", highlight=False)
 
 
+def _speed_watch(
+    config: RunConfig, machines: Cluster, peers: Peers, requests: Requests
+) -> SpeedWatch | None:
+    devices = jax.devices()
+    if devices[0].platform == "cpu" and len(jax.local_devices()) > 1:
+        # They share cores: what one gains another loses.
+        return None
+    if len(devices) == 1:
+        return None
+    probe = partial(probe_s, devices)
+    return SpeedWatch(probe, product_flops(), machines, peers, requests.slow, config.stragglers)
+
+
 def _peak_flops(config: RunConfig, planned: Planned) -> float | None:
     kind = planned.cluster.kinds[0]
     if kind.source == "assumed":
@@ -483,19 +509,35 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
     return values
 
 
+@dataclass
+class _Signals:
+    """What signals have asked for, and whom SIGUSR1 asks for another plan."""
+
+    asked: list[int] = field(default_factory=list)
+    on_replan: Callable[[], None] = lambda: None
+
+    def should_stop(self) -> bool:
+        """Whether to save and stop."""
+        return bool(self.asked)
+
+
 @contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
+def _signals() -> Iterator[_Signals]:
     """SIGTERM and the first Ctrl-C ask the loop to save and stop; a second Ctrl-C interrupts."""
-    asked: list[int] = []
+    signals = _Signals()
 
     def ask(number: int, _: Any) -> None:
-        if asked and number == signal.SIGINT:
+        if number == signal.SIGUSR1:
+            signals.on_replan()
+            return
+        if signals.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.append(number)
+        signals.asked.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
-        yield lambda: bool(asked)
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

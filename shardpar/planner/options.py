@@ -66,6 +66,8 @@ class StragglerOptions:
     """When a device counts as slow.
 
     Attributes:
+      every_s: seconds between two probes of all devices while training; 0 never probes. Virtual
+        devices, which share cores, are not probed.
       factor: how many times longer than predicted a device takes, to be called slow; also by how
         much its speed must change to be reported anew.
       recovered: below this factor a slow device is called well again; between the two it stays
@@ -75,6 +77,7 @@ class StragglerOptions:
         wrong for all by the same factor then makes none of them slow.
     """
 
+    every_s: Annotated[float, Meta(ge=0.0)] = 60.0
     factor: Annotated[float, Meta(gt=1.0)] = 1.3
     recovered: Annotated[float, Meta(ge=1.0)] = 1.1
     for_s: Annotated[float, Meta(ge=0.0)] = 30.0

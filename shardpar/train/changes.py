@@ -6,13 +6,14 @@ Programs of plans that come back are kept, so a schedule compiles each plan once
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shardpar.capture.trace import Captured
 from shardpar.errors import PlanError
 from shardpar.spec.plan import Plan
 from shardpar.train.compile import read_plan
+from shardpar.train.requests import Change, Requests
 
 
 @dataclass(frozen=True)
@@ -22,31 +23,32 @@ class PlanChanges:
     Attributes:
       schedule: plans in turn; none keeps the plan in force.
       every: steps each of them is in force.
-      asked: for a plan that was asked for by hand since it was asked last, if any, given the
-        plan in force. It takes the place of the schedule.
+      requests: by hand; the first that is answered ends the schedule.
 
     >>> changes = PlanChanges(("a", "b"), 5)
-    >>> [changes.at(step, "a") for step in (0, 4, 5, 9, 10)]
-    ['a', 'a', 'b', 'b', 'a']
+    >>> [getattr(changes.at(step, "a"), "plan", "-") for step in (0, 4, 5, 9, 10)]
+    ['-', '-', 'b', 'b', '-']
     """
 
     schedule: tuple[Plan, ...] = ()
     every: int = 1
-    asked: Callable[[int, Plan], Plan | None] | None = None
+    requests: Requests | None = None
 
-    def at(self, step: int, now: Plan) -> Plan:
-        """The plan of the step after so many steps.
+    def at(self, step: int, now: Plan) -> Change | None:
+        """What takes over after so many steps; None leaves the plan in force.
 
         Args:
           step: how many are done.
           now: the plan in force.
         """
-        plan = None if self.asked is None else self.asked(step, now)
-        if plan is not None:
-            return plan
+        if self.requests is not None:
+            change = self.requests.ready(now)
+            if change is not None or self.requests.plan is not None:
+                return change
         if self.schedule:
-            return self.schedule[step // self.every % len(self.schedule)]
-        return now
+            plan = self.schedule[step // self.every % len(self.schedule)]
+            return None if plan == now else Change(plan)
+        return None
 
 
 def read_schedule(

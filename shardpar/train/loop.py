@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from shardpar.errors import DataError
+from shardpar.errors import DataError, RunError
 from shardpar.lowering.devices import peak_bytes_in_use
 from shardpar.lowering.lower import AnyProgram
 from shardpar.lowering.state import TrainState
@@ -33,6 +33,8 @@ from shardpar.spec.plan import Plan
 from shardpar.spec.text import plan_from_text, plan_to_text
 from shardpar.train.data import Batch, Batches, TextData, eval_batches, train_batches
 from shardpar.train.options import TrainOptions
+from shardpar.train.requests import Change
+from shardpar.train.watch import SpeedWatch
 
 _LONGEST_S = 24 * 3600.0
 POSITION = "position.json"
@@ -79,9 +81,10 @@ class Surroundings:
       should_stop: asked after every step.
       peak_flops: of all devices in the compute dtype; None where unknown, then MFU is n/a.
       peers: the processes that train together.
-      wanted_plan: asked in the first process how the step after so many steps is to be
-        computed; the plan in force, or another.
+      wanted_plan: asked in the first process which plan takes over after so many steps, given
+        the one in force; None leaves that.
       switched: told in the first process which plan is in force from now on.
+      speeds: probes the devices now and then; None where that would say nothing.
       supervised: whether a supervisor starts this process again when it ends.
     """
 
@@ -93,8 +96,9 @@ class Surroundings:
     should_stop: Callable[[], bool]
     peak_flops: float | None
     peers: Peers
-    wanted_plan: Callable[[int, Plan], Plan]
+    wanted_plan: Callable[[int, Plan], Change | None]
     switched: Callable[[Plan], None]
+    speeds: SpeedWatch | None = None
     supervised: bool = False
 
 
@@ -140,6 +144,14 @@ def _begin(
             state = program.init(options.seed)
             jax.block_until_ready(state)
         return state, 0
+    return _restored(program, batches, around)
+
+
+def _restored(
+    program: AnyProgram, batches: Batches, around: Surroundings
+) -> tuple[TrainState, int]:
+    """The newest good checkpoint, with the data and the metrics taken back to it."""
+    checkpoints = around.checkpoints
     with around.progress.phase("restoring"):
         restored = checkpoints.restore(None, program.saved_shapes)
         checkpoints.discard_after(restored.step)
@@ -215,7 +227,7 @@ class _Loop:
 
     def _steps(self, state: TrainState, start: int) -> Outcome:
         around, steps = self.around, self.options.steps
-        state = self._under(self._decide(start, start, time.monotonic()), state, start)
+        state, start = self._under(self._decide(start, start, time.monotonic()), state, start)
         self._compile()
         clock = _Clock()
         loss: float | None = None
@@ -236,7 +248,7 @@ class _Loop:
             decided = self._decide(step, last_saved, last_saved_s)
             stopped = decided["stop"]
             evaluate = self._evaluation_due(step)
-            if evaluate or decided["save"] or "plan" in decided:
+            if evaluate or decided["save"] or "plan" in decided or decided["probe"]:
                 loss, skip = self._record(pending, clock)
                 skipped, pending = skipped + skip, None
             if evaluate and not stopped:
@@ -248,8 +260,12 @@ class _Loop:
                 clock.restart()
             if stopped:
                 break
+            if decided["probe"] and around.speeds is not None:
+                around.speeds.look(time.monotonic())
+                clock.restart()
             if "plan" in decided:
-                state = self._under(decided, state, step)
+                state, step = self._under(decided, state, step)
+                last_saved = min(last_saved, step)
                 self._compile()
                 clock.restart()
         with self.watchdog.paused():
@@ -274,34 +290,64 @@ class _Loop:
                 last_s=last_saved_s,
             )
             save = step > last_saved and (stop or step == steps or timely)
-            decided: dict[str, Any] = {"stop": stop, "save": save}
+            probe = around.speeds is not None and around.speeds.is_due(time.monotonic())
+            decided: dict[str, Any] = {"stop": stop, "save": save, "probe": probe}
             if not stop and step < steps:
-                plan = around.wanted_plan(step, self.program.plan)
-                if plan != self.program.plan:
-                    decided["plan"] = plan_to_text(plan)
+                change = around.wanted_plan(step, self.program.plan)
+                if change is not None:
+                    decided |= {"plan": plan_to_text(change.plan), "lost": change.lost}
             return decided
 
         wait_s = self.options.stuck_after_s or math.inf
         decided = around.peers.decide("next step", choose, min(2 * wait_s, _LONGEST_S))
         return decided  # type: ignore[no-any-return]
 
-    def _under(self, decided: Mapping[str, Any], state: TrainState, step: int) -> TrainState:
-        """The state under the plan that was decided on."""
+    def _under(
+        self, decided: Mapping[str, Any], state: TrainState, step: int
+    ) -> tuple[TrainState, int]:
+        """The state under the plan that was decided on, and the step it is of."""
         if "plan" not in decided:
-            return state
+            return state, step
         plan = plan_from_text(decided["plan"], "the plan decided on")
+        lost = decided["lost"]
         begun = time.perf_counter()
         with self.watchdog.paused(), self.around.progress.phase("switching to another plan"):
-            switched = self.programs.switch(self.program, state, plan)
-            jax.block_until_ready(switched.state)
-        self.program = switched.program
+            if lost:
+                state, step = self._without(lost, plan, state, step)
+            else:
+                switched = self.programs.switch(self.program, state, plan)
+                self.program, state = switched.program, switched.state
+            jax.block_until_ready(state)
         self.evaluation = _evaluation_batches(self.program, self.data, self.options)
         if self.around.peers.is_first:
             self.around.switched(plan)
             self.around.metrics.write(
                 step, {"switch_s": round(time.perf_counter() - begun, 6), "plan": plan.in_short}
             )
-        return switched.state
+        return state, step
+
+    def _without(
+        self, lost: Sequence[int], plan: Plan, state: TrainState, step: int
+    ) -> tuple[TrainState, int]:
+        """The state from devices that live; what they do not have from a checkpoint."""
+        around = self.around
+        around.checkpoints.wait()
+        rescued = self.programs.rescue(self.program, state, plan, lost)
+        self.program = rescued.program
+        if not rescued.missing:
+            return rescued.state(), step
+        saved = around.checkpoints.steps()
+        if not saved:
+            raise RunError(
+                f"devices {list(lost)} held the only copy of {rescued.missing[0]} and "
+                f"{len(rescued.missing) - 1} others, and there is no checkpoint to take them "
+                "from; save more often (checkpoint.every_steps), or keep copies (plan.data=2)"
+            )
+        # Slices of an older step would not fit the others: all or nothing is taken from it.
+        around.progress.say(
+            f"{len(rescued.missing)} arrays have no living copy: going back to step {saved[-1]}"
+        )
+        return _restored(self.program, self.batches, around)
 
     def _compile(self) -> None:
         progress = self.around.progress
