@@ -174,6 +174,25 @@ def regrouped(
     return step_s, best[number]
 
 
+def on_groups(
+    grouping: Grouping,
+    graph: LayerGraph,
+    cluster: Cluster,
+    workload: Workload,
+    options: SearchOptions = SearchOptions(),
+) -> Plan | None:
+    """The best plan by the formula on given groups: strategies, layers, shares; None if none fits.
+
+    Args:
+      grouping: per pipeline, the devices of its stages.
+      graph: the model.
+      cluster: the machines with their speeds.
+      workload: batch, dtype and optimizer.
+      options: pins.
+    """
+    return _planned(Problem(graph, cluster, workload, options), grouping, {}, math.inf)
+
+
 def _planned(
     problem: Problem, grouping: Grouping, known: dict[object, Found | None], cutoff: float
 ) -> Plan | None:

@@ -46,7 +46,7 @@ class StragglerWatch:
 
     >>> watch = StragglerWatch(StragglerOptions(for_s=20.0))
     >>> for at_s in (0.0, 10.0, 20.0):
-    ...     watch = watch.seen(at_s, {0: 1.0, 1: 2.5, 2: 1.1}, {0: 1.0, 1: 1.0, 2: 1.0})
+    ...     watch = watch.seen(at_s, {0: 2.0, 1: 5.0, 2: 2.0}, {0: 2.0, 1: 2.0, 2: 2.0})
     >>> watch.speeds
     {1: 0.4}
     """
