@@ -43,7 +43,7 @@ def named(decision):
 
 def test_the_decision_and_its_table_as_people_read_them():
     decision = replan(HEAVY, CLUSTER, WORK, OPTIONS, TWO_PIPELINES, speeds={1: 0.4}, costs=GO_ON)
-    assert str(decision) == (GOLDEN / "replan_decision.txt").read_text()
+    assert str(decision) == (GOLDEN / "straggler_decision.txt").read_text()
 
 
 def test_every_alternative_is_a_plan_with_the_price_it_says():
