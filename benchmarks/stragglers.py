@@ -52,10 +52,11 @@ def main() -> None:
     whole = cluster_from_text(CLUSTER.read_text(), str(CLUSTER))
     cluster = whole.only(range(DEVICES))
     options = SearchOptions(epsilon=args.epsilon)
-    head = (
-        "| model | slow | healthy, s | ideal, s | keep | rebalanced | searched | without the slow "
+    head = "| model | slow | healthy, s | ideal, s | keep | rebalanced | same groups | searched "
+    print(
+        f"{head}| without the slow | chosen | moved, GB | move, s | CPU-s |\n|{'---|' * 13}",
+        flush=True,
     )
-    print(f"{head}| chosen | moved, GB | move, s | CPU-s |\n|{'---|' * 12}", flush=True)
     for model in [args.model] if args.model else MODELS:
         graph = llama_graph(BATCH, LENGTH, **MODELS[model])
         work = Workload(BATCH, graph.compute_dtype)
@@ -69,12 +70,13 @@ def main() -> None:
                 costs=ReplanOptions(horizon_steps=1000),
             )  # fmt: skip
             cpu_s = time.process_time() - start
-            keep, rebalanced, searched, *without = decision.alternatives
+            keep, rebalanced, same, searched, *without = decision.alternatives
             chosen = next(a for a in decision.alternatives if a.name == decision.name)
             print(
                 f"| {model} | {case} | {healthy.simulated_s:.3f} | {ideal_s:.3f} "
                 f"| {shown([keep], ideal_s)} | {shown([rebalanced], ideal_s)} "
-                f"| {shown([searched], ideal_s)} | {shown(without, ideal_s)} "
+                f"| {shown([same], ideal_s)} | {shown([searched], ideal_s)} "
+                f"| {shown(without, ideal_s)} "
                 f"| {decision.name} | {chosen.move.moved_bytes / 1e9:.0f} "
                 f"| {chosen.move.move_s:.1f} | {cpu_s:.0f} |",
                 flush=True,

@@ -49,12 +49,15 @@ def is_even(cluster: Cluster) -> bool:
     return len(set(hosts.values())) == 1 and len(kinds) == 1
 
 
-def groupings(cluster: Cluster, options: SearchOptions = SearchOptions()) -> Iterator[Grouping]:
+def groupings(
+    cluster: Cluster, options: SearchOptions = SearchOptions(), dtype: str = "bfloat16"
+) -> Iterator[Grouping]:
     """All ways to group that are tried, none twice.
 
     Args:
       cluster: the machines.
       options: pins of stages and pipelines.
+      dtype: compute dtype, by which kinds of devices differ in strength.
 
     >>> from shardpar.spec.cluster import DeviceKind, Hosts, Link
     >>> kind = DeviceKind("x", (("float32", 1e12),), memory_bytes=16e9, memory_bandwidth=1e11)
@@ -67,7 +70,7 @@ def groupings(cluster: Cluster, options: SearchOptions = SearchOptions()) -> Ite
     for size in (most >> i for i in range(most.bit_length())):
         groups = list(_groups(cluster, size))
         for count in (1 << i for i in range(len(groups).bit_length())):
-            chains = _dealt(cluster, groups, count)
+            chains = _dealt(cluster, groups, count, dtype)
             stages = {len(chain) for chain in chains}
             pinned = options.stages is not None and stages != {options.stages}
             several = {1: count > 1, 2: count < 2}.get(options.pipelines or 0, False)
@@ -114,20 +117,19 @@ def _pieces(devices: list[int], size: int) -> Iterator[tuple[int, ...]]:
         start += piece
 
 
-def _capacity(cluster: Cluster, devices: tuple[int, ...]) -> float:
-    # Only shares of it matter, so that any dtype will do.
-    return len(devices) * rates(cluster, devices, "float32").flops
+def _capacity(cluster: Cluster, devices: tuple[int, ...], dtype: str) -> float:
+    return len(devices) * rates(cluster, devices, dtype).flops
 
 
-def _dealt(cluster: Cluster, groups: list[tuple[int, ...]], count: int) -> Grouping:
+def _dealt(cluster: Cluster, groups: list[tuple[int, ...]], count: int, dtype: str) -> Grouping:
     """Groups dealt to pipelines of about equal capacity, the strongest of each first."""
-    ordered = sorted(groups, key=lambda g: (-_capacity(cluster, g), g))
+    ordered = sorted(groups, key=lambda g: (-_capacity(cluster, g, dtype), g))
     chains: list[list[tuple[int, ...]]] = [[] for _ in range(count)]
     load = [0.0] * count
     for devices in ordered:
         at = min(range(count), key=lambda i: (load[i], i))
         chains[at].append(devices)
-        load[at] += _capacity(cluster, devices)
+        load[at] += _capacity(cluster, devices, dtype)
     return tuple(map(tuple, chains))
 
 
@@ -158,7 +160,7 @@ def regrouped(
     problem = Problem(graph, cluster, workload, options)
     known: dict[object, Found | None] = {}
     plans: dict[Plan, float] = {}
-    for grouping in groupings(cluster, options):
+    for grouping in groupings(cluster, options, workload.compute_dtype):
         cutoff = (1 + WITHIN) * min(plans.values(), default=math.inf)
         plan = _planned(problem, grouping, known, cutoff)
         if plan is not None:
@@ -174,12 +176,32 @@ def regrouped(
     return step_s, best[number]
 
 
+def on_groups(
+    grouping: Grouping,
+    graph: LayerGraph,
+    cluster: Cluster,
+    workload: Workload,
+    options: SearchOptions = SearchOptions(),
+) -> Plan | None:
+    """The best plan by the formula on given groups: strategies, layers, shares; None if none fits.
+
+    Args:
+      grouping: per pipeline, the devices of its stages.
+      graph: the model.
+      cluster: the machines with their speeds.
+      workload: batch, dtype and optimizer.
+      options: pins.
+    """
+    return _planned(Problem(graph, cluster, workload, options), grouping, {}, math.inf)
+
+
 def _planned(
     problem: Problem, grouping: Grouping, known: dict[object, Found | None], cutoff: float
 ) -> Plan | None:
     """The best plan of a grouping: pipelines for shares by capacity, then exact shares."""
     cluster, batch = problem.cluster, problem.workload.global_batch
-    capacity = [math.fsum(_capacity(cluster, g) for g in chain) for chain in grouping]
+    dtype = problem.workload.compute_dtype
+    capacity = [math.fsum(_capacity(cluster, g, dtype) for g in chain) for chain in grouping]
     pipelines: list[Pipeline] = []
     for chain, mine in zip(grouping, capacity, strict=True):
         share = batch * mine / math.fsum(capacity)

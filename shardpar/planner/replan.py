@@ -17,14 +17,14 @@ from shardpar.planner.cost import plan_cost
 from shardpar.planner.moving import Moving, moving
 from shardpar.planner.options import ReplanOptions, SearchOptions
 from shardpar.planner.rebalance import rebalanced, with_peaks
-from shardpar.planner.regroup import is_even, regrouped
+from shardpar.planner.regroup import is_even, on_groups, regrouped
 from shardpar.planner.search import search
 from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import simulate
 from shardpar.spec.check import check, ranges
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import LayerGraph
-from shardpar.spec.plan import Plan
+from shardpar.spec.plan import Pipeline, Plan
 
 MOST_SPEEDS = 3
 """So many bounds are tried below which devices stand by."""
@@ -37,7 +37,7 @@ class Alternative:
     """One plan to go on with.
 
     Attributes:
-      name: keep, rebalanced, searched, or "without" and what stands by.
+      name: keep, rebalanced, same groups, searched, or "without" and what stands by.
       plan: on the cluster's own device numbers; None where there is none.
       step_s: simulated, with the speeds of now; inf without a plan.
       move: what changing to it moves.
@@ -183,7 +183,7 @@ class _Change:
         else:
             lost = _listed(set(self.plan.devices) - self.alive)
             yield Alternative("keep", note=f"it needs {lost}")
-        yield self._rebalanced()
+        yield from self._on_its_groups()
         yield self._best_on("searched", self.alive)
         slow = {d: s for d in self.alive if (s := self.cluster.speed_of(d)) < 1}
         tried = {self.alive}
@@ -201,20 +201,26 @@ class _Change:
                     tried.add(kept)
                     yield self._best_on(f"without {name}", kept)
 
-    def _rebalanced(self) -> Alternative:
-        whole = tuple(
-            pipeline
-            for pipeline in self.plan.pipelines
-            if all(self.alive.issuperset(stage.devices) for stage in pipeline.stages)
-        )
+    def _on_its_groups(self) -> Iterator[Alternative]:
+        """On the pipelines that have all their devices: as they are, and with free strategies."""
+        whole = tuple(p for p in self.plan.pipelines if self.alive.issuperset(_devices(p)))
         if not whole:
-            return Alternative("rebalanced", note="no pipeline has all its devices")
+            yield Alternative("rebalanced", note="no pipeline has all its devices")
+            return
         draft = replace(self.plan, pipelines=whole, global_batch=sum(p.sequences for p in whole))
         try:
             found = rebalanced(draft, self.graph, self.cluster, self.workload, self.options)
         except PlanError as error:
-            return Alternative("rebalanced", note=_brief(error))
-        return self._priced("rebalanced", found)
+            yield Alternative("rebalanced", note=_brief(error))
+        else:
+            yield self._priced("rebalanced", found)
+        # With strategies as they are, memory may forbid what the speeds ask for.
+        groups = tuple(tuple(stage.devices for stage in p.stages[: p.num_groups]) for p in whole)
+        other = on_groups(groups, self.graph, self.cluster, self.workload, self.options)
+        if other is None:
+            yield Alternative("same groups", note="nothing fits")
+        else:
+            yield self._priced("same groups", other)
 
     def _best_on(self, name: str, kept: frozenset[int]) -> Alternative:
         """The best plan on some devices, by the search and, where they are uneven, by groups."""
@@ -247,6 +253,10 @@ class _Change:
     def _step_s(self, plan: Plan) -> float:
         cost = plan_cost(plan, self.graph, self.cluster, self.workload)
         return simulate(plan, cost).step_s
+
+
+def _devices(pipeline: Pipeline) -> Iterator[int]:
+    return (device for stage in pipeline.stages for device in stage.devices)
 
 
 def _listed(devices: Collection[int]) -> str:

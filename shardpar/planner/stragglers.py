@@ -46,7 +46,7 @@ class StragglerWatch:
 
     >>> watch = StragglerWatch(StragglerOptions(for_s=20.0))
     >>> for at_s in (0.0, 10.0, 20.0):
-    ...     watch = watch.seen(at_s, {0: 1.0, 1: 2.5, 2: 1.1}, {0: 1.0, 1: 1.0, 2: 1.0})
+    ...     watch = watch.seen(at_s, {0: 2.0, 1: 5.0, 2: 2.0}, {0: 2.0, 1: 2.0, 2: 2.0})
     >>> watch.speeds
     {1: 0.4}
     """
@@ -137,6 +137,12 @@ def by_device(plan: Plan, stages_s: Sequence[float]) -> dict[int, float]:
 
     Raises:
       SpecError: there are more stages than seconds, or fewer.
+
+    >>> from shardpar.spec.mesh import Mesh
+    >>> from shardpar.spec.plan import LayerStrategy, Pipeline, Stage
+    >>> stage = Stage((4, 5), Mesh.factored(2), (LayerStrategy("all"),))
+    >>> by_device(Plan("c", 1, (Pipeline(1, 1, (stage,)),)), [0.5])
+    {4: 0.5, 5: 0.5}
     """
     stages = [stage for pipeline in plan.pipelines for stage in pipeline.stages]
     if len(stages) != len(stages_s):

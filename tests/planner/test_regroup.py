@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from shardpar.planner.search import search
 from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import simulate
 from shardpar.spec.check import check
+from shardpar.spec.cluster import DeviceKind, Hosts
 from tests.planner.cases import cluster_of
 from tests.planner.test_rebalance import HEAVY
 
@@ -61,6 +63,16 @@ def test_the_groupings_of_a_host_with_a_slow_device():
         (((3,), (0,)), ((1,), (2,))),
         (((0,),), ((2,),), ((3,),), ((1,),)),
     ]
+
+
+def test_strength_is_that_of_the_compute_dtype():
+    """Of two kinds, either is the stronger in one dtype; it is the last of a pipeline."""
+    links = cluster_of(1)
+    one = DeviceKind("one", (("bfloat16", 9e12), ("float32", 1e12)), 16e9, 1e11)
+    two = DeviceKind("two", (("bfloat16", 4e12), ("float32", 2e12)), 16e9, 1e11)
+    cluster = replace(links, kinds=(one, two), hosts=(Hosts("one", 1), Hosts("two", 1)))
+    assert next(groupings(cluster, dtype="bfloat16")) == (((1,), (0,)),)
+    assert next(groupings(cluster, dtype="float32")) == (((0,), (1,)),)
 
 
 def test_pins_of_stages_and_pipelines_hold():

@@ -43,14 +43,14 @@ def named(decision):
 
 def test_the_decision_and_its_table_as_people_read_them():
     decision = replan(HEAVY, CLUSTER, WORK, OPTIONS, TWO_PIPELINES, speeds={1: 0.4}, costs=GO_ON)
-    assert str(decision) == (GOLDEN / "replan_decision.txt").read_text()
+    assert str(decision) == (GOLDEN / "straggler_decision.txt").read_text()
 
 
 def test_every_alternative_is_a_plan_with_the_price_it_says():
     decision = replan(HEAVY, CLUSTER, WORK, OPTIONS, TWO_PIPELINES, speeds={1: 0.4}, costs=GO_ON)
     slow = CLUSTER.slowed({1: 0.4})
     assert list(named(decision)) == [
-        "keep", "rebalanced", "searched", "without device 1", "without host 0",
+        "keep", "rebalanced", "same groups", "searched", "without device 1", "without host 0",
     ]  # fmt: skip
     for name, a in named(decision).items():
         check(a.plan, HEAVY, slow)
@@ -61,6 +61,9 @@ def test_every_alternative_is_a_plan_with_the_price_it_says():
     assert named(decision)["keep"].plan == TWO_PIPELINES
     fixed = rebalanced(TWO_PIPELINES, HEAVY, slow, WORK)
     assert named(decision)["rebalanced"].plan == fixed
+    groups = [[s.devices for s in p.stages] for p in TWO_PIPELINES.pipelines]
+    same = named(decision)["same groups"].plan
+    assert [[s.devices for s in p.stages] for p in same.pipelines] == groups
     assert 1 not in named(decision)["without device 1"].plan.devices
     assert set(named(decision)["without host 0"].plan.devices) == {2, 3}
     assert decision.plan == named(decision)[decision.name].plan

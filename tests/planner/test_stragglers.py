@@ -51,6 +51,10 @@ def test_a_slow_device_is_well_again_after_the_time():
     assert watched([2.0] * 4 + [1.05] * 4) == [1.0] * 3 + [0.5] * 4 + [1.0]
 
 
+def test_a_device_that_was_hardly_slow_is_well_again_too():
+    assert watched([1.3] * 4 + [1.08] * 4) == [1.0] * 3 + [0.77] * 4 + [1.0]
+
+
 def test_it_does_not_flap_where_readings_jump_around_both_factors():
     speeds = watched([1.05, 1.4] * 30)
     assert set(speeds) == {1.0}
