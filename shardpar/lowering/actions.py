@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from shardpar.lowering.elsewhere import in_order
 from shardpar.lowering.packing import (
     Packer,
     Parcel,
@@ -350,7 +351,7 @@ def _resharder(targets: tuple[Any, ...]) -> Any:
             for array, target in zip(arrays, targets, strict=True)
         ]
 
-    return jax.jit(run)
+    return in_order(jax.jit(run))
 
 
 def _apart(members: Any, key: Any) -> list[list[Any]]:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from shardpar.capture.segments import Segments
 from shardpar.capture.trace import Captured
-from shardpar.lowering.elsewhere import is_here
+from shardpar.lowering.elsewhere import in_order, is_here
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.ready import Ready
 from shardpar.lowering.shardings import constrain, replicated
@@ -112,7 +112,7 @@ class GroupPrograms:
                 jnp.int32(0),
             )
 
-        return jax.jit(init, out_shardings=shardings_of(self.shapes))
+        return in_order(jax.jit(init, out_shardings=shardings_of(self.shapes)))
 
     @cached_property
     def prepare(self) -> Ready:

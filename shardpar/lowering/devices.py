@@ -67,7 +67,7 @@ def roomy_thread_pool(devices: int = 1) -> None:
       devices: of this process.
     """
     # XLA reads the pool's size from this variable.
-    os.environ.setdefault("NPROC", str(max(32, 4 * devices)))
+    os.environ.setdefault("NPROC", str(max(64, 4 * devices)))
 
 
 def local_cluster(devices: Sequence[jax.Device] | None = None) -> Cluster:

@@ -6,7 +6,7 @@ it keeps these, so that all of them go through the same tasks in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,18 @@ def is_here(devices: Sequence[jax.Device]) -> bool:
     """Whether any of the devices is this process's."""
     process = jax.process_index()
     return any(device.process_index == process for device in devices)
+
+
+def in_order(jitted: Callable[..., Any]) -> Callable[..., Any]:
+    """A jitted function with collectives, sent so that all processes run them in one order.
+
+    Accelerators run what they are sent in order. XLA:CPU runs each program as soon as its inputs
+    are there: collectives of the same devices would then meet in another order in another process,
+    and those that wait would take all its threads. So there each is waited for.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return jitted
+    return lambda *given: jax.block_until_ready(jitted(*given))
 
 
 def first_device(devices: Sequence[jax.Device]) -> jax.Device:

@@ -22,7 +22,7 @@ from shardpar.capture.segments import Segments, segments
 from shardpar.capture.trace import Captured
 from shardpar.errors import PlanError
 from shardpar.lowering.device_groups import GroupPrograms
-from shardpar.lowering.elsewhere import absent, first_device, is_here, placed
+from shardpar.lowering.elsewhere import absent, first_device, in_order, is_here, placed
 from shardpar.lowering.homes import Home, Homes, Move
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
@@ -541,7 +541,7 @@ class PipelinedProgram:
 
     @cached_property
     def _evaluation_weights(self) -> dict[int, Any]:
-        return {s: jax.jit(stage.prepare) for s, stage in self._evaluating.items()}
+        return {s: in_order(jax.jit(stage.prepare)) for s, stage in self._evaluating.items()}
 
 
 def _owners(

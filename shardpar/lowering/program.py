@@ -17,7 +17,7 @@ import optax
 
 from shardpar.capture.trace import OUTSIDE, Captured
 from shardpar.errors import PlanError
-from shardpar.lowering.elsewhere import first_device
+from shardpar.lowering.elsewhere import first_device, in_order
 from shardpar.lowering.elsewhere import placed as put
 from shardpar.lowering.homes import Homes, Move
 from shardpar.lowering.meshes import jax_mesh
@@ -125,7 +125,7 @@ class Program:
           `grad_norm` (before clipping), `skipped` (1 when a gradient was not
           finite and the state was left as it was).
         """
-        return self.compiled_step(state, self.place(batch))
+        return in_order(self.compiled_step)(state, self.place(batch))  # type: ignore[no-any-return]
 
     def accumulate(
         self, state: TrainState, batch: Mapping[str, Any], gathered: Gathered | None = None
@@ -289,7 +289,7 @@ class Program:
             total, weight, rest, grads = self._gather(params, rest, batch)
             return Gathered(grads, jnp.stack([total, weight]), rest)
 
-        return jax.jit(gather, out_shardings=shardings_of(self.gathered_shapes))
+        return in_order(jax.jit(gather, out_shardings=shardings_of(self.gathered_shapes)))
 
     @cached_property
     def _adding(self) -> Any:
@@ -309,11 +309,12 @@ class Program:
                 self.options,
             )  # fmt: skip
 
-        return jax.jit(
+        jitted = jax.jit(
             apply,
             donate_argnums=0,
             out_shardings=(shardings_of(self.state_shapes), replicated(self.mesh)),
         )
+        return in_order(jitted)
 
     @cached_property
     def _evaluate(self) -> Any:
@@ -323,7 +324,7 @@ class Program:
             total, weight, _ = forward(_cast(params, self.options.compute_dtype), rest, batch)
             return total, weight
 
-        return jax.jit(evaluate, out_shardings=replicated(self.mesh))
+        return in_order(jax.jit(evaluate, out_shardings=replicated(self.mesh)))
 
     def _forward(self, training: bool) -> Forward:
         program = traced(self.captured, self.pipeline, self.options, training=training)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from shardpar.lowering.elsewhere import in_order
+
 
 class Ready:
     """Calls go to the jitted function, which finds what was compiled: half the dispatch time.
@@ -20,4 +22,4 @@ class Ready:
           shapes: ShapeDtypeStructs of all arguments it will ever get, with shardings.
         """
         self.compiled = jitted.lower(*shapes).compile()
-        self.call = jitted
+        self.call = in_order(jitted)

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
+from shardpar.lowering.elsewhere import in_order
 from shardpar.lowering.shardings import partition_spec
 
 Member = TypeVar("Member", bound=Hashable)
@@ -117,4 +118,5 @@ def _program(what: str, mesh: Mesh) -> Any:
         return jax.lax.ppermute(x, "end", [(0, 1)])
 
     # The sum is the same on a whole row, but each device of it keeps its own copy.
-    return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    jitted = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False))
+    return in_order(jitted)

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 
 from shardpar.capture._compat import as_function, is_literal, levels, only
 from shardpar.capture.segments import Again, Segments
+from shardpar.lowering.elsewhere import in_order
 from shardpar.lowering.ready import Ready
 from shardpar.lowering.runs import Run, Step, steps
 from shardpar.lowering.shardings import batch_sharding, constrain, replicated
@@ -397,7 +398,8 @@ class StagePrograms:
             sent, total, weight, _ = self.compute(weights, rest, batch, received)
             return sent, jnp.stack([jnp.float32(total), jnp.float32(weight)])
 
-        return jax.jit(evaluate, out_shardings=([s.sharding for s in self.sent], self.whole))
+        shardings = [s.sharding for s in self.sent], self.whole
+        return in_order(jax.jit(evaluate, out_shardings=shardings))
 
     def gives_back(self) -> list[int]:
         """Which of the received arrays have a gradient."""
