@@ -121,12 +121,14 @@ def dispatch(
                       if given.size else 0.0))  # fmt: skip
     best: tuple[float, np.ndarray, Method] = (_slowest(home, costs, fixed), home, "greedy")
     if best[0] > bound * (1 + gap):
-        classes = _Classes.of(given, costs)
-        relaxed, relaxed_bound = classes.solve(fixed, integral=False, gap=gap)
+        # Means of unlike lengths would not bound what those lengths take.
+        exact = _Classes.of(given, costs, most=given.size)
+        relaxed, relaxed_bound = exact.solve(fixed, integral=False, gap=gap)
         # Rounding errors of the solver must not make the certificate too strong.
         bound = max(bound, relaxed_bound * (1 - 1e-9))
-        best = _better(best, classes.rounded(relaxed, costs, fixed), costs, fixed, "rounded")
+        best = _better(best, exact.rounded(relaxed, costs, fixed), costs, fixed, "rounded")
         if best[0] > bound * (1 + gap):
+            classes = _Classes.of(given, costs, most=_MOST_CLASSES)
             whole, whole_bound = classes.solve(fixed, integral=True, gap=gap)
             if classes.exact:
                 bound = max(bound, whole_bound * (1 - 1e-9))
@@ -233,15 +235,16 @@ class _Classes:
     exact: bool
 
     @classmethod
-    def of(cls, lengths: np.ndarray, costs: np.ndarray) -> _Classes:
+    def of(cls, lengths: np.ndarray, costs: np.ndarray, most: int) -> _Classes:
+        """About `most` classes at most; a class for each length if there are no more."""
         order = np.argsort(-lengths, kind="stable")
         # A class holds one length, or lengths that fit into the same pipelines.
         allowed = np.isfinite(costs)[:, order]
         new = np.ones(order.size, bool)
         new[1:] = lengths[order][1:] != lengths[order][:-1]
-        exact = int(new.sum()) <= _MOST_CLASSES
+        exact = int(new.sum()) <= most
         if not exact:
-            every = -(-order.size // _MOST_CLASSES)
+            every = -(-order.size // most)
             new = np.arange(order.size) % every == 0
             new[1:] |= (allowed[:, 1:] != allowed[:, :-1]).any(axis=0)
         members = np.split(order, np.flatnonzero(new)[1:])

@@ -69,15 +69,14 @@ def test_it_is_as_good_as_it_says_and_as_brute_force(lengths, others, gap):
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.integers(1, 16), min_size=5, max_size=40), st.lists(SPEEDS, max_size=2))
+@given(st.lists(st.integers(1, 16), min_size=5, max_size=7), st.lists(SPEEDS, max_size=2))
 def test_classes_of_like_lengths_keep_caps_and_bounds(lengths, others):
     pipelines = [WIDEST, *others]
-    exact = dispatch(lengths, pipelines, gap=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_MOST_CLASSES", 3)
         found = dispatch(lengths, pipelines, gap=0.0)
     require_sound(found, lengths, pipelines)
-    assert found.lower_bound_s <= exact.step_s * (1 + 1e-6)
+    assert found.lower_bound_s <= brute_force(lengths, pipelines) * (1 + 1e-9)
 
 
 def long_tailed(count):
