@@ -4,7 +4,7 @@
     python -m benchmarks.mixed_lengths --model 7b --context 1   # sequences may not be split
 
 Lengths are log-normal, median 1,024 tokens, sigma 1.2, cut at 32,768: 4% are longer than 8,192, and
-those hold a third of the tokens. A step takes sequences until they have so many tokens. Machines
+those hold over a quarter of the tokens. A step takes sequences until it has its tokens. Machines
 are 32 H20 on four hosts, plans are the search's, prices the planner's: nothing is run.
 
 Attention is priced as a fused kernel that keeps no scores and skips what the mask hides: figures of
