@@ -52,6 +52,13 @@ def project(x, weight):
     return rows.reshape(*x.shape[:-1], *weight.shape[1:])
 
 
+def same_segment(segment_ids):
+    """Which tokens of a packed row [batch, length] may see each other: bool [batch, 1, q, k]."""
+    if segment_ids is None:
+        return None
+    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+
+
 class LayerNorm(nnx.Module):
     """Normalises the last dim in float32, whatever dtype the activations have."""
 
@@ -77,8 +84,11 @@ class Embed(nnx.Module):
             rngs, (options.max_length, options.width), ("position", "embed"), 0.01
         )
 
-    def __call__(self, tokens):
-        return jnp.take(self.table[...], tokens, axis=0) + self.position[: tokens.shape[1]]
+    def __call__(self, tokens, positions=None):
+        x = jnp.take(self.table[...], tokens, axis=0)
+        if positions is None:
+            return x + self.position[: tokens.shape[1]]
+        return x + jnp.take(self.position[...], positions, axis=0)
 
 
 @shardpar.layer
@@ -106,10 +116,10 @@ class Block(nnx.Module):
         self.down_bias = _param(rngs, (width,), ("embed",), 0)
         self.dropout = nnx.Dropout(options.dropout, rngs=rngs) if options.dropout else None
 
-    def __call__(self, x):
+    def __call__(self, x, segment_ids=None):
         y = self.norm1(x)
         q, k, v = (project(y, self.qkv[i]) + self.qkv_bias[i] for i in range(3))
-        y = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        y = jax.nn.dot_product_attention(q, k, v, mask=same_segment(segment_ids), is_causal=True)
         y = project(jax.lax.collapse(y, 2), jax.lax.collapse(self.out[...], 0, 2)) + self.out_bias
         x = x + self._drop(y)
         y = jax.nn.gelu(project(self.norm2(x), self.up[...]) + self.up_bias)
@@ -134,7 +144,11 @@ class Head(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """tokens int32[batch, length] -> logits [batch, length, vocab]."""
+    """tokens int32[batch, length] -> logits [batch, length, vocab].
+
+    Rows packed with several sequences have `segment_ids`, the sequence each token is of, and
+    `positions` in it, both int32[batch, length]; a token sees only its own sequence.
+    """
 
     def __init__(self, options: GPTOptions, rngs: nnx.Rngs):
         self.tied = options.tied
@@ -142,10 +156,10 @@ class GPT(nnx.Module):
         self.blocks = nnx.List([Block(options, rngs) for _ in range(options.layers)])
         self.head = Head(options, rngs)
 
-    def __call__(self, tokens):
-        x = self.embed(tokens)
+    def __call__(self, tokens, segment_ids=None, positions=None):
+        x = self.embed(tokens, positions)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, segment_ids)
         return self.head(x, self.embed.table[...]) if self.tied else self.head(x)
 
 
@@ -154,9 +168,17 @@ def build(options: GPTOptions, rngs: nnx.Rngs) -> GPT:
 
 
 def loss(model: GPT, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Sum of the next-token losses in nats, and how many tokens it is over."""
-    logits = model(batch["inputs"]).astype(jnp.float32)
+    """Sum of the next-token losses in nats, and how many tokens it is over.
+
+    `segment_ids` and `positions` in the batch are those of packed rows; with `weights`, float of
+    the targets' shape, tokens count by their weight.
+    """
+    logits = model(batch["inputs"], batch.get("segment_ids"), batch.get("positions"))
+    logits = logits.astype(jnp.float32)
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     log_z = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
     picked = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
-    return jnp.sum(log_z - picked), jnp.float32(log_z.size)
+    if "weights" not in batch:
+        return jnp.sum(log_z - picked), jnp.float32(log_z.size)
+    weights = batch["weights"].astype(jnp.float32)
+    return jnp.sum(weights * (log_z - picked)), jnp.sum(weights)

@@ -74,12 +74,24 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype) * self.scale
 
 
-def rotate(x, base):
-    """Rotary position embedding of x [batch, length, heads, head_dim] (Su et al., 2021)."""
+def same_segment(segment_ids):
+    """Which tokens of a packed row [batch, length] may see each other: bool [batch, 1, q, k]."""
+    if segment_ids is None:
+        return None
+    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+
+
+def rotate(x, base, positions=None):
+    """Rotary position embedding of x [batch, length, heads, head_dim] (Su et al., 2021).
+
+    `positions` [batch, length] are those of packed rows; None counts from the row's start.
+    """
     half = x.shape[-1] // 2
     frequency = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None] * frequency
-    cos, sin = jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+    if positions is None:
+        positions = jnp.arange(x.shape[1], dtype=jnp.float32)
+    angle = positions.astype(jnp.float32)[..., None] * frequency
+    cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
@@ -116,14 +128,15 @@ class Block(nnx.Module):
         self.down = _param(rngs, (options.mlp_width, width), ("mlp", "embed"), out_std)
         self.rope_base, self.attention = options.rope_base, options.attention
 
-    def __call__(self, x):
+    def __call__(self, x, segment_ids=None, positions=None):
         y = self.norm1(x)
         q = project(y, self.query[...])
         k, v = (project(y, self.key_value[i]) for i in range(2))
         y = jax.nn.dot_product_attention(
-            rotate(q, self.rope_base),
-            rotate(k, self.rope_base),
+            rotate(q, self.rope_base, positions),
+            rotate(k, self.rope_base, positions),
             v,
+            mask=same_segment(segment_ids),
             is_causal=True,
             implementation=self.attention,
         )
@@ -148,7 +161,11 @@ class Head(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """tokens int32[batch, length] -> logits [batch, length, vocab]."""
+    """tokens int32[batch, length] -> logits [batch, length, vocab].
+
+    Rows packed with several sequences have `segment_ids`, the sequence each token is of, and
+    `positions` in it, both int32[batch, length]; a token sees only its own sequence.
+    """
 
     def __init__(self, options: LlamaOptions, rngs: nnx.Rngs):
         self.tied = options.tied
@@ -156,10 +173,10 @@ class Llama(nnx.Module):
         self.blocks = nnx.List([Block(options, rngs) for _ in range(options.layers)])
         self.head = Head(options, rngs)
 
-    def __call__(self, tokens):
+    def __call__(self, tokens, segment_ids=None, positions=None):
         x = self.embed(tokens)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, segment_ids, positions)
         return self.head(x, self.embed.table[...]) if self.tied else self.head(x)
 
 
@@ -168,9 +185,17 @@ def build(options: LlamaOptions, rngs: nnx.Rngs) -> Llama:
 
 
 def loss(model: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """Sum of the next-token losses in nats, and how many tokens it is over."""
-    logits = model(batch["inputs"]).astype(jnp.float32)
+    """Sum of the next-token losses in nats, and how many tokens it is over.
+
+    `segment_ids` and `positions` in the batch are those of packed rows; with `weights`, float of
+    the targets' shape, tokens count by their weight.
+    """
+    logits = model(batch["inputs"], batch.get("segment_ids"), batch.get("positions"))
+    logits = logits.astype(jnp.float32)
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     log_z = jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1)) + top[..., 0]
     picked = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
-    return jnp.sum(log_z - picked), jnp.float32(log_z.size)
+    if "weights" not in batch:
+        return jnp.sum(log_z - picked), jnp.float32(log_z.size)
+    weights = batch["weights"].astype(jnp.float32)
+    return jnp.sum(weights * (log_z - picked)), jnp.sum(weights)

@@ -39,6 +39,7 @@ class Captured:
       loss: the user's loss.
       batch: ShapeDtypeStructs of the batch the graph's costs are for.
       warnings: what could not be captured well, in words.
+      unread: arrays of the batch that have no bearing on the loss.
     """
 
     graph: LayerGraph
@@ -46,6 +47,7 @@ class Captured:
     loss: Loss
     batch: dict[str, Any]
     warnings: tuple[str, ...]
+    unread: tuple[str, ...] = ()
 
 
 def trace(
@@ -146,7 +148,19 @@ def trace(
         layers=tuple(layers),
         causal=causal,
     )
-    return Captured(graph, model, loss, shapes, tuple(warnings))
+    return Captured(graph, model, loss, shapes, tuple(warnings), _unread(program))
+
+
+def _unread(program: CutProgram) -> tuple[str, ...]:
+    jaxpr = program.closed.jaxpr
+    read = {v for eqn in jaxpr.eqns for v in eqn.invars if not is_literal(v)} | {
+        v for v in jaxpr.outvars if not is_literal(v)
+    }
+    return tuple(
+        name
+        for v, (kind, name) in zip(jaxpr.invars, program.inputs, strict=True)
+        if kind == "batch" and v not in read
+    )
 
 
 @dataclass(frozen=True, eq=False)

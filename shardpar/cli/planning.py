@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import yaml
 
 from shardpar.capture.trace import Captured, trace
@@ -50,6 +49,7 @@ from shardpar.spec.plan import Plan
 from shardpar.spec.text import graph_to_text, plan_to_text
 from shardpar.train import compile as compilation
 from shardpar.train.optimizer import make_optimizer
+from shardpar.train.packing import empty_rows
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,28 @@ def capture(
     """Captures a config's model for its batch; `device` as in `capture.trace`."""
     module = load_model_source(find_model(config.model.source))
     options = build_options(module, config.model)
-    shape = (config.train.global_batch, config.data.sequence_length)
-    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    return trace(
+    arrays = empty_rows(config.train.global_batch, config.data.sequence_length)
+    if not config.data.packing:
+        arrays = {name: arrays[name] for name in ("inputs", "targets")}
+    captured = trace(
         module.loss,
         lambda rngs: module.build(options, rngs),
-        {"inputs": tokens, "targets": tokens},
+        {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()},
         compute_dtype=config.program.compute_dtype,
         causal=bool(getattr(module, "CAUSAL", False)),
         notify=notify,
         device=device,
     )
+    # Attention may do without positions, if only distances matter to it.
+    unread = [name for name in captured.unread if name != "positions"]
+    if config.data.packing and unread:
+        names = " and ".join(f'batch["{name}"]' for name in unread)
+        raise ConfigError(
+            f"data.packing is true, but the loss of {config.model.source} does not read {names}: "
+            "it would take the documents of a row for one; let it read them as models/gpt.py "
+            "does, or write data.packing=false"
+        )
+    return captured
 
 
 def capture_aloud(config: RunConfig, device: Any = None) -> Captured:

@@ -15,6 +15,7 @@ import jax
 import optax
 
 from shardpar.capture.trace import Captured
+from shardpar.errors import PlanError
 from shardpar.lowering.homes import Move
 from shardpar.lowering.lower import AnyProgram, lower
 from shardpar.lowering.options import ProgramOptions
@@ -104,16 +105,28 @@ class Programs:
         """
         self.captured, self.optimizer, self.options = captured, optimizer, options
         self.devices = tuple(jax.devices() if devices is None else devices)
-        self._programs: dict[Plan, AnyProgram] = {}
-        self._moves: dict[tuple[Plan, Plan, Kind], Move] = {}
+        self._programs: dict[tuple[Captured, Plan], AnyProgram] = {}
+        self._moves: dict[tuple[AnyProgram, AnyProgram, Kind], Move] = {}
 
-    def program(self, plan: Plan) -> AnyProgram:
-        """The program of a plan, lowered when it is first asked for."""
-        if plan not in self._programs:
-            self._programs[plan] = lower(
-                self.captured, plan, self.optimizer, self.options, self.devices
+    def program(self, plan: Plan, captured: Captured | None = None) -> AnyProgram:
+        """The program of a plan, lowered when it is first asked for.
+
+        Args:
+          plan: what it follows.
+          captured: the same model for batches of another shape, such as longer sequences; None
+            takes the one these programs were made for.
+
+        Raises:
+          PlanError: the plan does not fit the model or the devices, or `captured` is another
+            model.
+        """
+        captured = captured or self.captured
+        if (captured, plan) not in self._programs:
+            _require_same_model(captured, self.captured)
+            self._programs[captured, plan] = lower(
+                captured, plan, self.optimizer, self.options, self.devices
             )
-        return self._programs[plan]
+        return self._programs[captured, plan]
 
     def switch(
         self,
@@ -149,7 +162,7 @@ class Programs:
             come |= {f"{name}{path}": a for path, a in here.unions(tree).items()}
             go |= {f"{name}{path}": h.layout for path, h in there.leaves.items()}
         kind: Kind = "state" if gathered is None else "state and gradients"
-        moved = self._move(program.plan, plan, kind, go)(come)
+        moved = self._move(program, new, kind, go)(come)
         settled = [
             trees[name][2].settled({path: moved[f"{name}{path}"] for path in trees[name][2].leaves})
             for name in names
@@ -184,6 +197,7 @@ class Programs:
         plan: Plan,
         batch: Mapping[str, Any],
         gathered: Gathered | None = None,
+        captured: Captured | None = None,
     ) -> Gathered:
         """Gradients of a batch computed under another plan than the one that owns the state.
 
@@ -194,11 +208,12 @@ class Programs:
           batch: arrays whose dim 0 counts sequences.
           gathered: of the step's batches before, under the owning plan; it must not be used
             again.
+          captured: the model for batches of this one's shape, as in `program`.
 
         Returns:
           What was gathered so far, under the owning plan.
         """
-        worker = self.program(plan)
+        worker = self.program(plan, captured)
         if worker is program:
             return program.accumulate(state, batch, gathered)
         state_unions = program.homes.unions(state)
@@ -211,7 +226,7 @@ class Programs:
             }
         come = {p: u for p, u in state_unions.items() if p.startswith((".params", ".rest"))}
         homes = worker.homes.leaves
-        move = self._move(program.plan, plan, "weights", {p: homes[p].layout for p in come})
+        move = self._move(program, worker, "weights", {p: homes[p].layout for p in come})
         lent = {p: homes[p].settled(u) for p, u in move(come, donate=False).items()}
         found = worker.gather(
             *(
@@ -224,14 +239,33 @@ class Programs:
             batch,
         )
         go = {path: home.layout for path, home in program.gathered_homes.leaves.items()}
-        back = self._move(plan, program.plan, "gradients", go)
+        back = self._move(worker, program, "gradients", go)
         moved = back(worker.gathered_homes.unions(found))
         return program.add(gathered, program.gathered_homes.settled(moved))
 
-    def _move(self, old: Plan, new: Plan, kind: Kind, go: Mapping[str, Any]) -> Move:
+    def _move(self, old: AnyProgram, new: AnyProgram, kind: Kind, go: Mapping[str, Any]) -> Move:
         if (old, new, kind) not in self._moves:
             self._moves[old, new, kind] = Move(go, self.devices)
         return self._moves[old, new, kind]
+
+
+def _require_same_model(captured: Captured, first: Captured) -> None:
+    for kind in ("params", "rest"):
+        got, want = (
+            {name: (leaf.shape, leaf.dtype) for name, leaf in getattr(c.model, kind).items()}
+            for c in (captured, first)
+        )
+        if got != want:
+            name = next(n for n in (*want, *got) if got.get(n) != want.get(n))
+            raise PlanError(
+                f"the captured model's {name} is {_array(got.get(name))}, but these programs are "
+                f"of a model where it is {_array(want.get(name))}; capture the same model, with "
+                "nothing changed but the batch"
+            )
+
+
+def _array(leaf: Any) -> str:
+    return "missing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
 
 
 def _leaf(program: AnyProgram, union: UnionArray) -> Any:

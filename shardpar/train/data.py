@@ -19,12 +19,20 @@ import grain
 import numpy as np
 
 from shardpar.errors import DataError
-from shardpar.train.corpus import read_corpus
+from shardpar.train.corpus import Corpus, read_corpus
 from shardpar.train.options import DataOptions
-from shardpar.train.tokenizer import Tokenizer, digest, encode_corpus, make_tokenizer
+from shardpar.train.packing import PackedDocuments
+from shardpar.train.tokenizer import (
+    Tokenizer,
+    digest,
+    encode_corpus,
+    encode_documents,
+    make_tokenizer,
+)
 
 Batch = dict[str, np.ndarray]
-"""`inputs` and `targets`, int32 [batch, tokens]; `sample`, int64 [batch], the windows' ids."""
+"""`inputs` and `targets`, int32 [batch, tokens]; `sample`, int64 [batch], the samples' ids; what
+`packing.fill` gives besides, if documents are packed."""
 
 _POSITION_FORMAT = "shardpar-position/1"
 _BATCHES_AHEAD = 4
@@ -83,6 +91,10 @@ class TokenWindows:
         }
 
 
+Samples = TokenWindows | PackedDocuments
+"""A text as samples that can be read in any order, one row of a batch each."""
+
+
 @dataclass(frozen=True, eq=False)
 class TextData:
     """What `load_text` gives.
@@ -97,8 +109,8 @@ class TextData:
     name: str
     files: tuple[str, ...]
     tokenizer: Tokenizer
-    train: TokenWindows
-    evaluation: TokenWindows
+    train: Samples
+    evaluation: Samples
 
 
 def load_text(options: DataOptions, tokenizer: Tokenizer | None = None) -> TextData:
@@ -124,14 +136,16 @@ def load_text(options: DataOptions, tokenizer: Tokenizer | None = None) -> TextD
             f"data.tokenizer={options.tokenizer}, but the run began with {tokenizer.name}; "
             f"write data.tokenizer={tokenizer.name}, or begin a new run"
         )
+    parts = [_samples(part, options, tokenizer) for part in (train, evaluation)]
+    return TextData(corpus.name, corpus.files, tokenizer, *parts)
+
+
+def _samples(corpus: Corpus, options: DataOptions, tokenizer: Tokenizer) -> Samples:
     name = digest(tokenizer)
-    return TextData(
-        corpus.name,
-        corpus.files,
-        tokenizer,
-        TokenWindows(encode_corpus(tokenizer, train), options.sequence_length, name),
-        TokenWindows(encode_corpus(tokenizer, evaluation), options.sequence_length, name),
-    )
+    if not options.packing:
+        return TokenWindows(encode_corpus(tokenizer, corpus), options.sequence_length, name)
+    ids, ends = encode_documents(tokenizer, corpus)
+    return PackedDocuments(ids, ends, options.sequence_length, name)
 
 
 class Batches:
@@ -152,7 +166,7 @@ class Batches:
     True
     """
 
-    def __init__(self, windows: TokenWindows, global_batch: int, seed: int) -> None:
+    def __init__(self, windows: Samples, global_batch: int, seed: int) -> None:
         self._windows = windows
         self._global_batch = global_batch
         self._seed = seed
@@ -266,7 +280,7 @@ class Batches:
         self.close()
 
 
-def train_batches(windows: TokenWindows, global_batch: int, seed: int) -> Batches:
+def train_batches(windows: Samples, global_batch: int, seed: int) -> Batches:
     """Shuffled batches without end, from the first sample of the first epoch.
 
     Args:
@@ -281,7 +295,7 @@ def train_batches(windows: TokenWindows, global_batch: int, seed: int) -> Batche
     return Batches(windows, global_batch, seed)
 
 
-def eval_batches(windows: TokenWindows, batch: int, count: int) -> tuple[Batch, ...]:
+def eval_batches(windows: Samples, batch: int, count: int) -> tuple[Batch, ...]:
     """Batches to evaluate on, the same each time, spread evenly over the text.
 
     Args:
@@ -302,7 +316,7 @@ def eval_batches(windows: TokenWindows, batch: int, count: int) -> tuple[Batch, 
     return tuple(windows.gather(ids) for ids in samples.reshape(count, batch))
 
 
-def _check_enough(windows: TokenWindows, batch: int, part: str) -> None:
+def _check_enough(windows: Samples, batch: int, part: str) -> None:
     if 1 <= batch <= len(windows):
         return
     if batch < 1:
@@ -320,6 +334,12 @@ def _other_data(key: str, then: Any, now: Any) -> str:
         what = (
             f"the run began with data.sequence_length={then} and it is {now} now; "
             f"write data.sequence_length={then}"
+        )
+    elif key == "packing":
+        what = (
+            f"data.packing was {'on' if then else 'off'} when the run began, in the manner {then}, "
+            f"and is in the manner {now} now; use the data.packing and the shardpar version that "
+            "it began with"
         )
     elif key == "tokenizer":
         what = (

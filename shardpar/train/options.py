@@ -25,6 +25,8 @@ class DataOptions:
       vocab_size: vocabulary of a trained tokenizer; bytes always have 256.
       sequence_length: tokens per sample.
       eval_fraction: share of the text, at its end, held out for evaluation.
+      packing: false cuts the text into samples wherever they end; true packs whole documents
+        into samples, each seeing itself only. Longer ones are cut.
     """
 
     source: Literal["pydoc", "text", "jsonl", "parquet"] = "pydoc"
@@ -34,6 +36,7 @@ class DataOptions:
     vocab_size: Annotated[int, Meta(ge=257)] = 8192
     sequence_length: Positive = 128
     eval_fraction: Fraction = 0.05
+    packing: bool = False
 
 
 @dataclass(frozen=True)

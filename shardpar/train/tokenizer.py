@@ -218,19 +218,39 @@ def encode_corpus(tokenizer: Tokenizer, corpus: Corpus) -> np.ndarray:
     >>> bytes(encode_corpus(ByteTokenizer(), Corpus.of(["ab", "c"])))
     b'ab\n\nc'
     """
+    ids, _ = encode_documents(tokenizer, corpus)
+    return ids[: max(0, ids.size - len(tokenizer.separator))]
+
+
+def encode_documents(tokenizer: Tokenizer, corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+    r"""The ids of all documents in order, each with the tokenizer's separator at its end.
+
+    Returns:
+      The ids, and int64 where each document ends in them.
+
+    >>> ids, ends = encode_documents(ByteTokenizer(), Corpus.of(["ab", "c"]))
+    >>> bytes(ids), ends.tolist()
+    (b'ab\n\nc\n\n', [4, 7])
+    """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     separator = np.array(tokenizer.separator, dtype)
-    done: list[np.ndarray] = []
+    done: list[np.ndarray] = [np.zeros(0, dtype)]
+    ends: list[int] = []
     group: list[tuple[str, bool]] = []
+    size = 0
 
     def finish_group() -> None:
+        nonlocal size
         arrays: list[np.ndarray] = []
         for ids, (_, last) in zip(
             tokenizer.encode_batch([piece for piece, _ in group]), group, strict=True
         ):
             arrays.append(ids)
+            size += ids.size
             if last:
                 arrays.append(separator)
+                size += separator.size
+                ends.append(size)
         done.append(np.concatenate(arrays))
         group.clear()
 
@@ -243,10 +263,7 @@ def encode_corpus(tokenizer: Tokenizer, corpus: Corpus) -> np.ndarray:
             waiting = 0
     if group:
         finish_group()
-    if not done:
-        return np.zeros(0, dtype)
-    done[-1] = done[-1][: done[-1].size - separator.size]
-    return np.concatenate(done)
+    return np.concatenate(done), np.array(ends, np.int64)
 
 
 def digest(tokenizer: Tokenizer) -> str:
