@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-import traceback
 
 import typer
 
 from shardpar.cli.doctor import doctor
+from shardpar.cli.ending import ending
 from shardpar.cli.explain import explain
 from shardpar.cli.generate import generate
 from shardpar.cli.launch import launch
@@ -22,7 +21,6 @@ from shardpar.cli.plan import plan
 from shardpar.cli.profile import profile
 from shardpar.cli.reshard import reshard
 from shardpar.cli.train import train
-from shardpar.errors import ShardparError
 
 app = typer.Typer(
     name="shardpar",
@@ -58,28 +56,8 @@ def run() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         app()
-    except ShardparError as error:
-        _say(f"error: {error}")
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _say("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of a pipe (head, less) has gone; there is nobody to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="shardpar-crash-", suffix=".txt", delete=False
-        ) as file:
-            file.write(traceback.format_exc())
-        first = (str(error).splitlines() or [""])[0]
-        _say(f"error: {type(error).__name__}: {first}\n  the traceback is in {file.name}")
-        sys.exit(1)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)  # noqa: T201
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(ending(error))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import jax
 
 from shardpar.capture.trace import Captured
 from shardpar.cli.arguments import read_cluster, read_config
+from shardpar.cli.ending import ending
 from shardpar.cli.planning import (
     Planned,
     capture,
@@ -78,7 +79,8 @@ def train(
     """`shardpar train`."""
     peers = _prepare(devices, where)
     given = config.train.run_dir
-    _begin(config, name, Path(given) if given else None, peers, json=json, dry_run=dry_run)
+    with _all_or_none(peers):
+        _begin(config, name, Path(given) if given else None, peers, json=json, dry_run=dry_run)
 
 
 def resume(
@@ -93,6 +95,19 @@ def resume(
 ) -> None:
     """`shardpar train --resume`: the run's own config, with overrides."""
     peers = _prepare(devices, where)
+    with _all_or_none(peers):
+        _resume(path, overrides, peers, plan=plan, json=json, dry_run=dry_run)
+
+
+def _resume(
+    path: str,
+    overrides: Sequence[str] | None,
+    peers: Peers,
+    *,
+    plan: str | None,
+    json: bool,
+    dry_run: bool,
+) -> None:
     directory = RunDirectory.existing(Path(path))
     given = list(overrides or ())
     changed = not _same_devices(directory)
@@ -105,6 +120,19 @@ def resume(
         {"train.run_dir": str(directory.path), "plan.file": plan},
     )
     _begin(config, directory.path.name, directory.path, peers, json=json, dry_run=dry_run)
+
+
+@contextmanager
+def _all_or_none(peers: Peers) -> Iterator[None]:
+    """Where others wait for this process, an error ends it without waiting for them in turn."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        if peers.count == 1:
+            raise
+        code = ending(error)
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def _prepare(devices: int | None, where: Rendezvous | None) -> Peers:

@@ -99,7 +99,8 @@ class StepUnderWay:
             self.weights[n][task.stage], self.saved.pop(at), cotangents,
             self.gathered[n][task.stage],
         )  # fmt: skip
-        self.sent.append((task, jax.tree.leaves(self.gathered[n][task.stage])[0]))
+        made = jax.tree.leaves((self.gathered[n][task.stage], back))
+        self.sent += [(task, made[0])] if made else []
         self._send(task, self.program.routes_back, self.returned, back)
 
     def _send(

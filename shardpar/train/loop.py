@@ -219,6 +219,7 @@ class _Loop:
                 "raise train.steps to go on"
             )
             return Outcome(self.program, state, start, None, None, False, 0)
+        self.watchdog.saw(start)
         with self.watchdog:
             return self._steps(state, start)
 
@@ -355,6 +356,8 @@ class _Loop:
             begun = time.perf_counter()
             self.program.compile()
             progress.say(f"compiled in {time.perf_counter() - begun:.1f} s")
+            # Connections are made in the first step, and wait for the others only so long.
+            self.around.peers.gather("compiled", True, _LONGEST_S)
 
     def _evaluation_due(self, step: int) -> bool:
         if not self.evaluation:
