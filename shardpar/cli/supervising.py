@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -52,7 +53,8 @@ def supervise(
     first = [*base, *arguments, *(["--resume", resume] if resume else [])]
     if resume is None:
         first += ["--run-dir", str(directory)]
-    reached = address or (here if nodes > 1 and node is None else "localhost")
+    # A node's name is for people: only the host's name leads to it from elsewhere.
+    reached = address or (socket.gethostname() if nodes > 1 else "localhost")
     job = Job(
         directory,
         [*first, *flags],

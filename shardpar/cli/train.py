@@ -55,7 +55,11 @@ def train(
     ] = None,
     address: Annotated[
         str | None,
-        typer.Option("--address", metavar="HOST", help="Where other nodes reach this one."),
+        typer.Option(
+            "--address",
+            metavar="HOST",
+            help="Where other nodes reach this one; its host name by default.",
+        ),
     ] = None,
     json: Json = False,
     dry_run: Annotated[

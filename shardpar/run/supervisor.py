@@ -211,13 +211,12 @@ class Supervisor:
         heartbeat = self._folder / f".{self.job.node}.trainer"
         heartbeat.unlink(missing_ok=True)
         given = {HEARTBEAT: str(heartbeat), EVERY_S: str(self.options.heartbeat_s)}
-        if count > 1:
-            given |= {COORDINATOR: epoch.coordinator, COUNT: str(count), INDEX: str(index)}
+        # Also to one left alone: a launcher's variables still count the nodes that are lost.
+        given |= {COORDINATOR: epoch.coordinator, COUNT: str(count), INDEX: str(index)}
         resumes = self._config_changed() not in (None, self._config_before)
-        environment = {k: v for k, v in os.environ.items() if k not in (COORDINATOR, COUNT, INDEX)}
         self._trainer = subprocess.Popen(
             self.job.resume if resumes else self.job.command,
-            env={**environment, **given},
+            env={**os.environ, **given},
             start_new_session=True,
         )
         self._epoch, self._state, self._code = epoch.number, "running", 0

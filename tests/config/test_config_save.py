@@ -52,6 +52,18 @@ def test_a_saved_config_can_be_moved_and_changed(folder, write, saved):
     assert load(moved, ["train.steps=3"]) == replace(config, train=replace(config.train, steps=3))
 
 
+@pytest.mark.parametrize("saved", WRITERS)
+def test_a_schedule_of_plans_is_found_from_anywhere(folder, write, saved):
+    write("plans/one.yaml", "")
+    write("plans/two.yaml", "")
+    text = "train: {plan_schedule: [plans/one.yaml, plans/two.yaml], switch_every: 5}"
+    config = load(write("run.yaml", text))
+    assert config.train.plan_schedule == tuple(
+        str(folder / "plans" / name) for name in ("one.yaml", "two.yaml")
+    )
+    assert load(write(f"else/where/{saved}", WRITERS[saved](config))) == config
+
+
 def any_value(hint: Any) -> st.SearchStrategy[Any]:
     """Values that a type hint allows."""
     if len(alternatives(hint)) > 1:
@@ -76,8 +88,9 @@ HINTS = {
     (name, key): hint
     for name, cls in section_classes().items()
     for key, hint in field_hints(cls).items()
-    if (name, key) not in (("data", "path"), ("plan", "file"), ("plan", "cluster"))
+    if f"{name}.{key}" not in ("data.path", "plan.file", "plan.cluster", "train.plan_schedule")
 }
+"""All but the paths, which must lead somewhere."""
 
 
 @st.composite

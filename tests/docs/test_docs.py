@@ -27,6 +27,7 @@ SLOW = {
     "docs/howto/your-own-model.md",
     "docs/howto/your-own-data.md",
     "docs/howto/resume.md",
+    "docs/howto/clusters.md",
     "docs/howto/profile.md",
     "docs/concepts/planning.md",
 }
