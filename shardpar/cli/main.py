@@ -19,6 +19,7 @@ from shardpar.cli.generate import generate
 from shardpar.cli.launch import launch
 from shardpar.cli.plan import plan
 from shardpar.cli.profile import profile
+from shardpar.cli.replan import replan
 from shardpar.cli.reshard import reshard
 from shardpar.cli.train import train
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for verb in (train, plan, explain, reshard, generate, doctor):
+for verb in (train, plan, explain, replan, reshard, generate, doctor):
     app.command()(verb)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 app.add_typer(profile, name="profile")

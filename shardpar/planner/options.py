@@ -70,8 +70,9 @@ class StragglerOptions:
         devices, which share cores, are not probed.
       factor: how many times longer than predicted a device takes, to be called slow; also by how
         much its speed must change to be reported anew.
-      recovered: below this factor a slow device is called well again; between the two it stays
-        what it is called, so that it does not change back and forth.
+      recovered: below this factor, which counts as `factor` at most, a slow device is called
+        well again; between the two it stays what it is called, so that it does not change back
+        and forth.
       for_s: seconds for which all readings must say the same.
       relative: whether times are compared with the other devices' as well: a prediction that is
         wrong for all by the same factor then makes none of them slow.
@@ -84,10 +85,10 @@ class StragglerOptions:
     relative: bool = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.recovered < self.factor < math.inf:
+        if not (1 < self.factor < math.inf and 1 <= self.recovered < math.inf):
             raise SpecError(
                 f"stragglers: factor is {self.factor} and recovered {self.recovered}; write "
-                "1 <= recovered < factor"
+                "numbers above 1"
             )
         if not 0 <= self.for_s < math.inf:
             raise SpecError(f"stragglers: for_s is {self.for_s}; write seconds, 0 or more")

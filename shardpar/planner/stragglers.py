@@ -56,6 +56,10 @@ class StragglerWatch:
     at_s: float = -math.inf
 
     @property
+    def _well(self) -> float:
+        return min(self.options.recovered, self.options.factor)
+
+    @property
     def speeds(self) -> dict[int, float]:
         """The speeds of the devices that are slow: what `Cluster.slowed` takes."""
         return {w.device: w.speed for w in self.devices if w.speed < 1}
@@ -102,14 +106,12 @@ class StragglerWatch:
             return now
         mean = now.ratios / now.readings
         # Rounded, so that devices that are slow alike are one kind to the planner.
-        return Watched(
-            now.device, 1.0 if mean <= self.options.recovered else max(0.01, round(1 / mean, 2))
-        )
+        return Watched(now.device, 1.0 if mean <= self._well else max(0.01, round(1 / mean, 2)))
 
     def _drift(self, speed: float, ratio: float) -> Drift:
         if ratio * speed >= self.options.factor:
             return "slower"
-        faster = ratio * speed <= 1 / self.options.factor or ratio <= self.options.recovered
+        faster = ratio * speed <= 1 / self.options.factor or ratio <= self._well
         return "faster" if speed < 1 and faster else ""
 
 
