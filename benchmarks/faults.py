@@ -200,9 +200,20 @@ class Wild:
             self.lose(node)
 
 
-def wild(cwd: Path, steps: int, kills: int, losses: int, seed: int = 20) -> Outcome:
-    """Trains while trainers are killed at random, and node b is lost and comes back."""
-    run = Wild(cwd, steps, seed)
+def wild(
+    cwd: Path, steps: int, kills: int, losses: int, seed: int = 20, every: int = 10
+) -> Outcome:
+    """Trains while trainers are killed at random, and node b is lost and comes back.
+
+    Args:
+      cwd: where the run is made.
+      steps: of it.
+      kills: of a trainer.
+      losses: of a node.
+      seed: of when and whom.
+      every: steps between checkpoints.
+    """
+    run = Wild(cwd, steps, seed, every)
     begun = time.monotonic()
     kinds = ["kill"] * kills + ["lose"] * losses
     run.random.shuffle(kinds)

@@ -25,7 +25,10 @@ ANSWER_S = 600
 SILENCE_S = 60
 """How long a process may be silent before jax takes it for dead."""
 _KEPT = 64
-"""Decisions kept for processes that have not asked yet, of what is decided again and again."""
+"""Words kept for processes that have not asked yet, of what is asked again and again.
+
+No process gets so far ahead of another: every step waits for all.
+"""
 
 
 class _Client(Protocol):
@@ -101,6 +104,9 @@ class Peers:
             return [mine]
         key = self._key(f"gather/{what}")
         self._client.key_value_set(f"{key}/{self.index}", json.dumps(mine))
+        old = self._said[f"gather/{what}"] - _KEPT
+        if old >= 0:
+            self._client.key_value_delete(f"shardpar/gather/{what}#{old}/{self.index}")
         return [
             mine
             if other == self.index

@@ -208,6 +208,7 @@ class Requests:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="replan")
         self._answer: Future[tuple[Change, Machines, str]] | None = None
         self._asked: list[Request] = []
+        self._first = True
         self.plan: Plan | None = None
         """What was asked for last and is in force since; None before."""
 
@@ -230,7 +231,9 @@ class Requests:
             request = self._asked.pop(0)
             self._answer = self._thread.submit(answer, request, now, self._machines, self._task)
             self._say("planning again beside the steps")
-        if self._answer is None or not self._answer.done():
+        # What lies there before the first step is answered before it.
+        first, self._first = self._first, False
+        if self._answer is None or not (first or self._answer.done()):
             return None
         done, self._answer = self._answer, None
         try:
