@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+import os
 import random
 import shutil
 import subprocess
@@ -39,6 +40,7 @@ from tests.lowering.random_plans import random_plan
 
 ROOT = Path(__file__).parents[1]
 BATCH, LENGTH = 8, 64
+_MAPPED = "MALLOC_MMAP_THRESHOLD_"
 
 
 def model(width: int, layers: int) -> Any:
@@ -144,6 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=12)
     given = parser.parse_args(arguments)
+    if _MAPPED not in os.environ:
+        # Otherwise malloc keeps freed pieces of other sizes, and the process grows with each plan.
+        os.environ[_MAPPED] = "65536"
+        os.execv(sys.executable, [sys.executable, "-m", "benchmarks.hot_switch", *sys.argv[1:]])
     use_virtual_devices(8)
     captured = model(given.width, given.layers)
     programs = Programs(captured, optax.adamw(1e-3))
