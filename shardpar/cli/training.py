@@ -255,7 +255,11 @@ def _train(
             )
         requests = Requests(
             directory.path,
-            Machines(machines, frozenset(range(machines.num_devices))),
+            Machines(
+                machines,
+                frozenset(range(machines.num_devices)),
+                processes=tuple(device.process_index for device in jax.devices()),
+            ),
             Task(captured.graph, planned.work, config.plan, config.replan),
             progress.say,
         )

@@ -25,7 +25,7 @@ from shardpar.lowering.switch import Programs
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.metrics import MetricsLog, Unwritten
 from shardpar.run.options import CheckpointOptions
-from shardpar.run.peers import Peers
+from shardpar.run.peers import ANSWER_S, Peers
 from shardpar.run.progress import Figures, Progress
 from shardpar.run.retention import due
 from shardpar.run.watchdog import Watchdog
@@ -299,8 +299,10 @@ class _Loop:
                     decided |= {"plan": plan_to_text(change.plan), "lost": change.lost}
             return decided
 
-        wait_s = self.options.stuck_after_s or math.inf
-        decided = around.peers.decide("next step", choose, min(2 * wait_s, _LONGEST_S))
+        stuck_s = self.options.stuck_after_s
+        # The first process may still be compiling what its first step needs.
+        wait_s = max(2 * stuck_s, ANSWER_S) if stuck_s else _LONGEST_S
+        decided = around.peers.decide("next step", choose, wait_s)
         return decided  # type: ignore[no-any-return]
 
     def _under(

@@ -41,11 +41,18 @@ class Machines:
       cluster: all of them.
       devices: those to train on.
       speeds: of slow ones.
+      processes: the process of each device; each must keep a device, or it could not go on.
     """
 
     cluster: Cluster
     devices: frozenset[int]
     speeds: tuple[tuple[int, float], ...] = ()
+    processes: tuple[int, ...] = ()
+
+    def idle(self, plan: Plan) -> list[int]:
+        """Processes that a plan leaves without a device."""
+        busy = {self.processes[device] for device in plan.devices} if self.processes else set()
+        return sorted(set(self.processes) - busy)
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ def answer(
     if not devices:
         raise UserError(f"{REQUEST}: no device would be left to train on; leave at least one")
     speeds = dict(machines.speeds) | dict(request.speeds)
-    after = Machines(machines.cluster, devices, tuple(sorted(speeds.items())))
+    after = replace(machines, devices=devices, speeds=tuple(sorted(speeds.items())))
     if request.plan is not None:
         plan = request.plan
         check(plan, task.graph, machines.cluster)
@@ -176,6 +183,7 @@ def answer(
                 f"{REQUEST}: global_batch is {plan.global_batch}, but the run's is "
                 f"{task.workload.global_batch}; a plan must take the run's batch"
             )
+        _require_busy(plan, machines)
         return Change(plan), after, "it was asked for"
     options = task.options
     if len(devices) < machines.cluster.num_devices:
@@ -184,9 +192,26 @@ def answer(
         task.graph, machines.cluster, task.workload, replace(options, file=None), now,
         speeds=speeds, devices=devices, costs=task.costs,
     )  # fmt: skip
+    chosen, why = decision.plan, decision.why
+    if machines.idle(chosen):
+        others = [a for a in decision.alternatives if a.plan and not machines.idle(a.plan)]
+        best = min(others, key=lambda a: a.total_s, default=None)
+        if best is None or best.plan is None:
+            _require_busy(chosen, machines)
+        else:
+            chosen, why = best.plan, f"{best.name}, which keeps a device of every process busy"
     # As its text says it: every process reads it from there.
-    plan = plan_from_text(plan_to_text(decision.plan), REQUEST)
-    return Change(plan, request.lost), after, decision.why
+    plan = plan_from_text(plan_to_text(chosen), REQUEST)
+    return Change(plan, request.lost), after, why
+
+
+def _require_busy(plan: Plan, machines: Machines) -> None:
+    idle = machines.idle(plan)
+    if idle:
+        raise UserError(
+            f"{REQUEST}: the plan would leave process {idle[0]} without a device, and it could not "
+            "go on; leave each process a device, or start the run again with fewer processes"
+        )
 
 
 class Requests:

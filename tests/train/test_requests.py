@@ -137,3 +137,16 @@ def test_a_request_is_answered_once_beside_the_steps_and_bad_ones_change_nothing
     requests.ask()
     assert requests.ready(change.plan) is None
     requests.close()
+
+
+def test_every_process_keeps_a_device(setting):
+    task, plan, machines = setting
+    several = Machines(machines.cluster, machines.devices, processes=(0, 0, 0, 0, 1, 1, 1, 1))
+    change, _, _ = answer(Request(lost=(4, 5, 6)), plan, several, task)
+    assert 7 in change.plan.devices
+    with pytest.raises(UserError, match="would leave process 1 without a device"):
+        answer(Request(lost=(4, 5, 6, 7)), plan, several, task)
+    # One device each: a slow one cannot stand by.
+    each = Machines(machines.cluster, machines.devices, processes=tuple(range(8)))
+    change, _, _ = answer(Request(speeds=((3, 0.01),)), plan, each, task)
+    assert each.idle(change.plan) == []
