@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ from shardpar.cli.arguments import ConfigAndOverrides, Devices, Json, PlanFile, 
 from shardpar.cli.later import later
 from shardpar.errors import UserError
 from shardpar.run.rendezvous import find
+from shardpar.run.supervised import STANDBY, wait_for_turn
 
 
 def train(
@@ -82,6 +84,10 @@ def train(
 
         shardpar train configs/gpt.gin --coordinator node1:1234 --processes 2 --process 0
     """
+    if STANDBY in os.environ:
+        later("training")
+        if not wait_for_turn(os.environ, sys.stdin):
+            raise typer.Exit
     if supervise:
         _refuse_with_supervise(coordinator, processes, process, dry_run)
     elif nodes > 1 or node is not None or address is not None:

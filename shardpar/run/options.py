@@ -38,6 +38,8 @@ class SuperviseOptions:
       most_backoff_s: the longest such wait.
       give_up_after: failures in a row without a new checkpoint after which the run ends.
       least_nodes: fewer nodes than this wait for more instead of training.
+      standby: keep a second process ready that has imported everything, so that a trainer that
+        dies is replaced seconds sooner; it takes some memory of the host and no device.
     """
 
     heartbeat_s: Annotated[float, Meta(gt=0.0)] = 2.0
@@ -48,3 +50,4 @@ class SuperviseOptions:
     most_backoff_s: Annotated[float, Meta(ge=0.0)] = 60.0
     give_up_after: Annotated[int, Meta(ge=1)] = 5
     least_nodes: Annotated[int, Meta(ge=1)] = 1
+    standby: bool = True

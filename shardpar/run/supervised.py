@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 STOPPED = 86
 """The exit code of a supervised trainer that saved and stopped because it was asked to."""
 HEARTBEAT, EVERY_S = "SHARDPAR_HEARTBEAT", "SHARDPAR_HEARTBEAT_S"
+STANDBY = "SHARDPAR_STANDBY"
 _ORPHANED = 87
+
+
+def wait_for_turn(environment: MutableMapping[str, str], words: TextIO) -> bool:
+    r"""Makes a process that stands by wait until it is to train, with what it is told then.
+
+    Args:
+      environment: such as `os.environ`; what the supervisor tells is put into it.
+      words: such as `sys.stdin`.
+
+    Returns:
+      Whether to go on; False if the supervisor is gone.
+
+    >>> import io
+    >>> told = {"SHARDPAR_STANDBY": "1"}
+    >>> wait_for_turn(told, io.StringIO('{"JAX_PROCESS_ID": "0"}\n')), told
+    (True, {'JAX_PROCESS_ID': '0'})
+    """
+    del environment[STANDBY]
+    line = words.readline()
+    if not line:
+        return False
+    environment.update(json.loads(line))
+    return True
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from shardpar.run.local_processes import free_port
 from shardpar.run.membership import Epoch, Memory, Node, State, decide
 from shardpar.run.options import SuperviseOptions
 from shardpar.run.rendezvous import COORDINATOR, COUNT, INDEX
+from shardpar.run.standby import Standby
 from shardpar.run.steps import StepDirectories
 from shardpar.run.supervised import EVERY_S, HEARTBEAT, STOPPED
 
@@ -80,6 +81,7 @@ class Supervisor:
         self._take(self._folder / ".run.lock", shared=job.nodes > 1)
         self._take(self._folder / f".{job.node}.lock")
         self._trainer: subprocess.Popen[bytes] | None = None
+        self._standby = Standby(job.resume, job.options.standby)
         self._started_s = 0.0
         self._state: State = "waiting"
         self._epoch, self._code = 0, 0
@@ -123,12 +125,14 @@ class Supervisor:
             while True:
                 epoch = self._look()
                 self._mind_trainer(epoch)
+                self._standby.mind()
                 ended = self._ended(epoch)
                 if ended is not None:
                     return ended
                 time.sleep(_TICK_S)
         finally:
             self._kill()
+            self._standby.close()
             self._path_of(self.job.node).unlink(missing_ok=True)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -214,11 +218,13 @@ class Supervisor:
         # Also to one left alone: a launcher's variables still count the nodes that are lost.
         given |= {COORDINATOR: epoch.coordinator, COUNT: str(count), INDEX: str(index)}
         resumes = self._config_changed() not in (None, self._config_before)
-        self._trainer = subprocess.Popen(
+        waiting = self._standby.take(given) if resumes else None
+        self._trainer = waiting or subprocess.Popen(
             self.job.resume if resumes else self.job.command,
             env={**os.environ, **given},
             start_new_session=True,
         )
+        self._standby.soon()
         self._epoch, self._state, self._code = epoch.number, "running", 0
         self._told_to_stop_s, self._started_s = None, time.monotonic()
         self._port = free_port()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from shardpar.errors import RunError
 from shardpar.run.options import SuperviseOptions
@@ -17,7 +18,10 @@ QUICK = {"heartbeat_s": 0.2, "lost_after_s": 2.0, "backoff_s": 0.1, "join_s": 5.
 
 def main() -> None:
     folder, node, nodes, trainer, *given = sys.argv[1:]
-    options = {**QUICK, **{k: float(v) for k, v in (text.split("=") for text in given)}}
+    values = {key: float(value) for key, value in (text.split("=") for text in given)}
+    options: dict[str, Any] = {**QUICK, **values}
+    # The stand-in trainers do not know how to wait for their turn.
+    options["standby"] = False
     options["give_up_after"] = int(options.get("give_up_after", 5))
     command = [sys.executable, "-c", trainer, folder]
     job = Job(
