@@ -37,7 +37,7 @@ def cut_finely(shape: tuple[int, ...], mesh: Mesh) -> tuple[tuple[str, ...], ...
     """The axes of each dim: each axis cuts the longest pieces that it can cut evenly.
 
     >>> cut_finely((6, 8), Mesh.factored(8)), cut_finely((3,), Mesh.factored(2))
-    ((('c',), ('a', 'b')), ((),))
+    ((('b',), ('a', 'c')), ((),))
     """
     left = list(shape)
     dims: list[list[str]] = [[] for _ in shape]

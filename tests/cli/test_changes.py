@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,9 @@ import pytest
 from benchmarks import faults
 from tests.cli.command import ROOT, TINY, losses, rows, shardpar
 
+LONG = pytest.mark.skipif(
+    not os.environ.get("SHARDPAR_LONG"), reason="half a minute; set SHARDPAR_LONG=1"
+)
 GPT = str(ROOT / "configs" / "gpt.gin")
 RUN = (*TINY, "train.log_samples=true", "train.eval_every=0", "train.steps=16")
 
@@ -41,6 +45,7 @@ def test_devices_that_held_the_only_copy_take_the_run_back_to_its_checkpoint(tmp
 
 
 @pytest.mark.slow
+@LONG
 def test_living_copies_carry_the_run_on_and_devices_come_back(tmp_path, calm):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "plan.request").write_text("lost: [1, 2]")

@@ -10,7 +10,7 @@ import pytest
 from shardpar.errors import SpecError
 from shardpar.lowering.switch import Programs
 from shardpar.spec.plan import Pipeline
-from tests.lowering.test_pipelined import SIZES, bits_of, host, plan_over, stage, unequal
+from tests.lowering.test_pipelined import LONG, SIZES, bits_of, host, plan_over, stage, unequal
 from tests.lowering.tiny import BATCH, captured, uniform
 
 
@@ -56,7 +56,9 @@ def on(one, two, three):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [{5, 6, 7}, {1, 4}, {1, 3, 7}])
+@pytest.mark.parametrize(
+    "lost", [{1, 4}, pytest.param({5, 6, 7}, marks=LONG), pytest.param({1, 3, 7}, marks=LONG)]
+)
 def test_a_state_is_put_together_from_copies_that_live(programs, lost):
     program = programs.program(unequal())
     state = program.init(0)
@@ -68,6 +70,7 @@ def test_a_state_is_put_together_from_copies_that_live(programs, lost):
 
 
 @pytest.mark.slow
+@LONG
 def test_data_parallel_copies_inside_a_group_are_used(programs):
     program = programs.program(uniform(8, fsdp=("a",), tensor=("b",)))
     state = program.init(0)

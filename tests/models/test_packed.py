@@ -105,7 +105,8 @@ def test_rows_of_one_whole_sequence_have_the_loss_of_a_batch_without_segments(so
     ids = RANDOM.integers(0, 29, (2, ROW + 1))
     batch = fill(list(ids), ((0,), (1,)), ROW)
     plain = {"inputs": jnp.asarray(ids[:, :-1]), "targets": jnp.asarray(ids[:, 1:])}
-    loss = jax.jit(lambda batch: loss_of(source, parameters(source)[0], batch))
+    params = parameters(source)[0]
+    loss = jax.jit(lambda batch: loss_of(source, params, batch))
     np.testing.assert_allclose(loss(batch), loss(plain), rtol=1e-6)
 
 
