@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
+from importlib.metadata import version
 from json import dumps
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,8 @@ from shardpar.run.rendezvous import Rendezvous
 from shardpar.run.report import write_report
 from shardpar.run.supervised import STOPPED, Supervised
 from shardpar.spec.cluster import Cluster
+from shardpar.spec.plan import Plan
+from shardpar.spec.schedule import digest, tasks
 from shardpar.spec.text import plan_from_text, plan_to_text
 from shardpar.train import compile as compilation
 from shardpar.train.changes import PlanChanges, read_schedule
@@ -237,8 +240,11 @@ def _train(
         progress.say(f"note: left out of train.plan_schedule for now: {reason}")
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     programs = Programs(captured, optimizer, config.program)
+    for plan in schedule:
+        # What cannot be lowered is refused now, not when its turn comes.
+        programs.program(plan)
     texts = _texts(config, planned, data)
-    peers.agree("plan, config, data or code", _digest(texts, data))
+    peers.agree("plan, config, data or code", _digest(texts, planned.plan, data))
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
             Checkpoints(directory.checkpoints, config.checkpoint, notify=progress.say, peers=peers)
@@ -331,9 +337,15 @@ def _planned_together(
     return make_plan(config, captured, machines, plan=plan_)
 
 
-def _digest(texts: Mapping[str, str], data: TextData) -> str:
-    """A short name of what all processes must have alike."""
-    parts = [*(texts[name] for name in sorted(texts)), dumps(data.train.identity), jax.__version__]
+def _digest(texts: Mapping[str, str], plan: Plan, data: TextData) -> str:
+    """A short name of what all processes must have alike, the order of their tasks included."""
+    parts = [
+        *(texts[name] for name in sorted(texts)),
+        digest(tasks(plan.pipelines)),
+        dumps(data.train.identity),
+        jax.__version__,
+        version("shardpar"),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

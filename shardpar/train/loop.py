@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardpar.errors import DataError, RunError
+from shardpar.errors import DataError, PlanError, RunError
 from shardpar.lowering.devices import peak_bytes_in_use
 from shardpar.lowering.lower import AnyProgram
 from shardpar.lowering.state import TrainState
@@ -313,6 +313,13 @@ class _Loop:
             return state, step
         plan = plan_from_text(decided["plan"], "the plan decided on")
         lost = decided["lost"]
+        try:
+            self.programs.program(plan)
+        except PlanError as error:
+            if lost:
+                raise
+            self.around.progress.say(f"the plan stays: {error}")
+            return state, step
         begun = time.perf_counter()
         with self.watchdog.paused(), self.around.progress.phase("switching to another plan"):
             if lost:
