@@ -21,11 +21,13 @@ class RunLock:
     that has just opened it hold a lock that no one else can see.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, shared: bool = False, busy: str | None = None) -> None:
         """Takes the lock.
 
         Args:
           path: the lock file; it and its directory are created if missing.
+          shared: others that share may hold it too.
+          busy: what to say where another holds it; None says that a trainer writes there.
 
         Raises:
           RunError: another process (or another part of this one) holds it, or the
@@ -39,7 +41,8 @@ class RunLock:
                 f"{path.parent} cannot be written: {error.strerror}; choose another run directory"
             ) from error
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(self._handle, kind | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip()
             self._close()
@@ -49,16 +52,12 @@ class RunLock:
                     "put the run directory on a disk that can"
                 ) from error
             raise RunError(
-                f"{path.parent} is already being written by {holder or 'another process'}; "
+                busy
+                or f"{path.parent} is already being written by {holder or 'another process'}; "
                 "stop that trainer first, or train into another run directory"
             ) from None
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-    @property
-    def held(self) -> bool:
-        """Whether the lock has not been given back yet."""
-        return self._handle is not None
 
     def release(self) -> None:
         """Gives the lock back; doing so twice is harmless."""

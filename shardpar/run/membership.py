@@ -51,6 +51,7 @@ class Epoch:
       coordinator: where they meet.
       stop: members shall save and stop, because the next epoch has other members.
       over: why there will be no other epoch; None while the run goes on.
+      code: then, the exit code of the supervisors.
     """
 
     number: int = 0
@@ -59,6 +60,7 @@ class Epoch:
     coordinator: str = ""
     stop: bool = False
     over: str | None = None
+    code: int = 0
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,11 @@ def decide(
         name: nodes[name].state if nodes[name].epoch == epoch.number else "running" for name in here
     }
     if not lost and all(state == "done" for state in states.values()):
-        return Decision(replace(epoch, over="done"), memory, (("done", ""),))
+        return Decision(replace(epoch, over="the run is done"), memory, (("done", ""),))
     refused = [name for name, state in states.items() if state == "refused"]
     if refused:
         why = f"{refused[0]}: the trainer refuses its input; see what it printed"
-        return Decision(replace(epoch, over=why), memory, (("refused", refused[0]),))
+        return Decision(replace(epoch, over=why, code=2), memory, (("refused", refused[0]),))
     failed = [name for name, state in states.items() if state == "failed"]
     events = tuple(("lost", name) for name in lost)
     events += tuple(("failed", f"{name}: exit code {nodes[name].code}") for name in failed)
@@ -149,7 +151,9 @@ def decide(
                     f"{memory.failures} failures in a row without a new checkpoint "
                     "(supervise.give_up_after)"
                 )
-                return Decision(replace(epoch, over=why), memory, (*events, ("gave up", why)))
+                return Decision(
+                    replace(epoch, over=why, code=1), memory, (*events, ("gave up", why))
+                )
         else:
             events = ()
         return _gather(nodes, epoch, memory, options, events, now_s, len(nodes))

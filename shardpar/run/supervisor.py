@@ -6,7 +6,6 @@ them see: each says how it is, and the one that holds a lock decides (`membershi
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
@@ -24,6 +23,7 @@ from typing import Any
 from shardpar.errors import RunError, UserError
 from shardpar.run.durable import write_atomically
 from shardpar.run.local_processes import free_port
+from shardpar.run.lock import RunLock
 from shardpar.run.membership import Epoch, Memory, Node, State, decide
 from shardpar.run.options import SuperviseOptions
 from shardpar.run.rendezvous import COORDINATOR, COUNT, INDEX
@@ -77,9 +77,17 @@ class Supervisor:
             raise RunError(
                 f"{self._folder} cannot be made: {error.strerror}; choose another run directory"
             ) from error
-        self._locks: list[int] = []
-        self._take(self._folder / ".run.lock", shared=job.nodes > 1)
-        self._take(self._folder / f".{job.node}.lock")
+        busy = (
+            f"{job.directory} has a supervisor already (this is node {job.node}); stop that one "
+            "first. Nodes that train together are started with --nodes N, each with its own "
+            "--node NAME"
+        )
+        self._locks = [RunLock(self._folder / ".run.lock", shared=job.nodes > 1, busy=busy)]
+        try:
+            self._locks.append(RunLock(self._folder / f".{job.node}.lock", busy=busy))
+        except RunError:
+            self.close()
+            raise
         self._trainer: subprocess.Popen[bytes] | None = None
         self._standby = Standby(job.resume, job.options.standby)
         self._started_s = 0.0
@@ -89,27 +97,12 @@ class Supervisor:
         self._born = uuid.uuid4().hex
         self._asked_to_stop = 0
         self._told_to_stop_s: float | None = None
-        self._leading: int | None = None
+        self._is_leader = False
         self._memory = Memory()
         self._beats: dict[str, tuple[int, float]] = {}
         self._beat, self._last_beat_s = 0, float("-inf")
         self._said: Node | None = None
         self._config_before = self._config_changed()
-
-    def _take(self, path: Path, *, shared: bool = False) -> None:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-        try:
-            fcntl.flock(handle, kind | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
-            raise RunError(
-                f"{self.job.directory} has a supervisor already"
-                + ("" if shared else f" (node {self.job.node})")
-                + "; stop that one first. Nodes that train together are started with --nodes N, "
-                "each with its own --node NAME"
-            ) from None
-        self._locks.append(handle)
 
     def run(self) -> int:
         """Supervises until the run is done or given up.
@@ -140,9 +133,8 @@ class Supervisor:
 
     def close(self) -> None:
         """Gives this node's place back."""
-        for handle in (*self._locks, *filter(None, [self._leading])):
-            os.close(handle)
-        self._locks, self._leading = [], None
+        for lock in self._locks:
+            lock.release()
 
     def __enter__(self) -> Supervisor:
         return self
@@ -202,7 +194,7 @@ class Supervisor:
         if self._trainer is not None and not current:
             # Another node is gone: what this trainer waits for will never come.
             self._kill()
-        if self._trainer is not None and epoch.over is not None and epoch.over != "done":
+        if self._trainer is not None and epoch.over is not None and epoch.code:
             self._kill()
         if self._trainer is not None and epoch.stop and self._told_to_stop_s is None:
             self._send(signal.SIGTERM)
@@ -274,11 +266,8 @@ class Supervisor:
             return 128 + self._asked_to_stop if self._state != "stopped" else 0
         if epoch.over is None or self._trainer is not None:
             return None
-        if epoch.over == "done":
-            self._log("supervisor ended", "the run is done")
-            return 0
         self._log("supervisor ended", epoch.over)
-        return _REFUSED if "refuses" in epoch.over else 1
+        return epoch.code
 
     def _kill(self) -> None:
         if self._trainer is None:
@@ -292,14 +281,12 @@ class Supervisor:
             os.killpg(self._trainer.pid, number)
 
     def _leads(self) -> bool:
-        if self._leading is None:
-            handle = os.open(self._folder / ".leader.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        if not self._is_leader:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(handle)
+                self._locks.append(RunLock(self._folder / ".leader.lock"))
+            except RunError:
                 return False
-            self._leading = handle
+            self._is_leader = True
             self._take_over()
             self._log("leads", "")
         return True

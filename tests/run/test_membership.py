@@ -97,6 +97,7 @@ def test_waits_grow_without_progress_and_the_run_is_given_up():
     failed["a"] = replace(failed["a"], epoch=epoch.number)
     end = look(failed, epoch, memory, now_s=now_s, wanted=1, progress=40)
     assert "6 failures in a row" in end.epoch.over
+    assert end.epoch.code == 1
     # A new checkpoint in between forgives the failures before.
     again = look(failed, epoch, memory, now_s=now_s, wanted=1, progress=50)
     assert again.epoch.over is None
@@ -125,8 +126,9 @@ def test_trainers_that_were_all_stopped_from_outside_are_started_again():
 def test_refused_input_ends_the_run_and_done_ends_it_when_all_are():
     refused = look(nodes(a="running", b="refused"), running("a", "b"))
     assert "refuses its input" in refused.epoch.over
+    assert refused.epoch.code == 2
     assert look(nodes(a="done", b="running"), running("a", "b")).epoch.over is None
-    assert look(nodes(a="done", b="done"), running("a", "b")).epoch.over == "done"
+    assert look(nodes(a="done", b="done"), running("a", "b")).epoch.over == "the run is done"
 
 
 @given(
