@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import partial
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
@@ -289,6 +288,7 @@ def _train(
                 peers,
                 PlanChanges(schedule, config.train.switch_every, requests).at,
                 lambda plan: _write_all({PLAN: plan_to_text(plan)}, directory),
+                requests.there,
                 _speed_watch(config, machines, peers, requests),
                 supervised is not None,
             ),
@@ -510,7 +510,10 @@ def _speed_watch(
         return None
     if len(devices) == 1:
         return None
-    probe = partial(probe_s, devices)
+
+    def probe(numbers: Sequence[int]) -> Mapping[int, float]:
+        return probe_s({number: devices[number] for number in numbers})
+
     return SpeedWatch(probe, product_flops(), machines, peers, requests.slow, config.stragglers)
 
 

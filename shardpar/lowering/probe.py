@@ -7,7 +7,7 @@ which one that is.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,20 +18,20 @@ REPEATS = 3
 
 
 def probe_s(
-    devices: Sequence[jax.Device], side: int = SIDE, repeats: int = REPEATS
+    devices: Mapping[int, jax.Device], side: int = SIDE, repeats: int = REPEATS
 ) -> dict[int, float]:
-    """Seconds of one product on each device that is of this process, by its place.
+    """Seconds of one product on each device that is of this process, by its number.
 
     Args:
-      devices: of the cluster, in order; they must have nothing to do.
+      devices: by number; they must have nothing to do.
       side: rows and columns of the matrices, float32.
       repeats: the quickest of so many counts, after one that warms up.
 
-    >>> list(probe_s(jax.devices()[:1], side=64))
+    >>> list(probe_s({0: jax.devices()[0]}, side=64))
     [0]
     """
     out = {}
-    for number, device in enumerate(devices):
+    for number, device in devices.items():
         if device.process_index != jax.process_index():
             continue
         matrix = jax.device_put(jnp.ones((side, side), jnp.float32), device)

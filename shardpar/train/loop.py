@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +84,7 @@ class Surroundings:
       wanted_plan: asked in the first process which plan takes over after so many steps, given
         the one in force; None leaves that.
       switched: told in the first process which plan is in force from now on.
+      devices: asked in the first process which devices are not lost.
       speeds: probes the devices now and then; None where that would say nothing.
       supervised: whether a supervisor starts this process again when it ends.
     """
@@ -98,6 +99,7 @@ class Surroundings:
     peers: Peers
     wanted_plan: Callable[[int, Plan], Change | None]
     switched: Callable[[Plan], None]
+    devices: Callable[[], Collection[int]] = tuple
     speeds: SpeedWatch | None = None
     supervised: bool = False
 
@@ -262,7 +264,7 @@ class _Loop:
             if stopped:
                 break
             if decided["probe"] and around.speeds is not None:
-                around.speeds.look(time.monotonic())
+                around.speeds.look(time.monotonic(), decided["probe"])
                 clock.restart()
             if "plan" in decided:
                 state, step = self._under(decided, state, step)
@@ -291,7 +293,8 @@ class _Loop:
                 last_s=last_saved_s,
             )
             save = step > last_saved and (stop or step == steps or timely)
-            probe = around.speeds is not None and around.speeds.is_due(time.monotonic())
+            due_ = around.speeds is not None and around.speeds.is_due(time.monotonic())
+            probe = sorted(around.devices()) if due_ else []
             decided: dict[str, Any] = {"stop": stop, "save": save, "probe": probe}
             if not stop and step < steps:
                 change = around.wanted_plan(step, self.program.plan)

@@ -234,6 +234,7 @@ class Requests:
         self._answer: Future[tuple[Change, Machines, str]] | None = None
         self._asked: list[Request] = []
         self._first = True
+        self._lost: set[int] = set()
         self.plan: Plan | None = None
         """What was asked for last and is in force since; None before."""
 
@@ -270,8 +271,13 @@ class Requests:
             self._say(f"the plan stays: {why}")
             return None
         self._say(f"another plan takes over: {why}")
+        self._lost = (self._lost | set(change.lost)) - set(change.plan.devices)
         self.plan = change.plan
         return change
+
+    def there(self) -> frozenset[int]:
+        """The devices that are not lost, those that stand by included."""
+        return frozenset(range(self._machines.cluster.num_devices)) - self._lost
 
     def close(self) -> None:
         """Waits for the planner."""

@@ -6,7 +6,7 @@ change the speeds that the planner is told (Malleus, arXiv 2410.13333).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from shardpar.planner.options import StragglerOptions
@@ -20,7 +20,7 @@ class SpeedWatch:
     """Probes the devices of a run.
 
     Attributes:
-      probe: seconds of the same work on each device of this process, by its number.
+      probe: seconds of the same work on each of some devices that is of this process.
       work_flops: operations of that work.
       cluster: the machines.
       peers: the processes of the run.
@@ -32,16 +32,16 @@ class SpeedWatch:
     >>> kind = DeviceKind("x", (("float32", 1e12),), memory_bytes=16e9, memory_bandwidth=1e11)
     >>> cluster = Cluster("one", (kind,), (Hosts("x", 3),), Link(1e11), Link(1e10))
     >>> told = []
-    >>> watch = SpeedWatch(lambda: {0: 1.0, 1: 2.6, 2: 1.0}, 1e12, cluster, ALONE, told.append,
+    >>> watch = SpeedWatch(lambda _: {0: 1.0, 1: 2.6, 2: 1.0}, 1e12, cluster, ALONE, told.append,
     ...                    StragglerOptions(for_s=30.0, every_s=10.0))
     >>> for now_s in range(0, 60, 10):
     ...     if watch.is_due(float(now_s)):
-    ...         watch.look(float(now_s))
+    ...         watch.look(float(now_s), [0, 1, 2])
     >>> told
     [{1: 0.38}]
     """
 
-    probe: Callable[[], Mapping[int, float]]
+    probe: Callable[[Sequence[int]], Mapping[int, float]]
     work_flops: float
     cluster: Cluster
     peers: Peers
@@ -59,9 +59,14 @@ class SpeedWatch:
             return False
         return self._last_s is None or now_s - self._last_s >= self.options.every_s
 
-    def look(self, now_s: float) -> None:
-        """Probes, in every process at once, while no step is under way."""
-        said = self.peers.gather("speeds", {str(d): s for d, s in self.probe().items()})
+    def look(self, now_s: float, devices: Sequence[int]) -> None:
+        """Probes, in every process at once, while no step is under way.
+
+        Args:
+          now_s: when, by a clock that only goes forward.
+          devices: those that are not lost.
+        """
+        said = self.peers.gather("speeds", {str(d): s for d, s in self.probe(devices).items()})
         measured_s = {int(d): s for of_one in said for d, s in of_one.items()}
         self._last_s = now_s
         if not self.peers.is_first:
