@@ -113,3 +113,13 @@ def partly_sharding(mesh: Mesh, rank: int, dims: Mapping[int, Axes]) -> NamedSha
 def constrain(x: jax.Array, sharding: NamedSharding | None) -> Any:
     """Asks XLA to lay a value out this way; None leaves it free."""
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def grid_sharding(mesh: Mesh, axes: tuple[str, ...], rank: int) -> NamedSharding:
+    """Dim i of an array of this rank split over axis i; what is left over is whole everywhere.
+
+    >>> mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("rows", "columns"))
+    >>> tuple(grid_sharding(mesh, ("rows",), 2).spec)
+    ('rows', None)
+    """
+    return NamedSharding(mesh, PartitionSpec(*axes, *([None] * (rank - len(axes)))))

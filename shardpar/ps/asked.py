@@ -1,0 +1,227 @@
+"""Which ids a model asks of which table, found by tracing it once, and how a step finds them.
+
+Where ids come straight from the batch, the host finds the distinct ones before a step
+begins; where the model computes them, the program does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from shardpar.errors import CaptureError
+from shardpar.ps.dedup import HostDedup, padded, representatives, rounded_size, sorted_representatives
+from shardpar.ps.embed import Embed, PulledRows, Recorder
+from shardpar.ps.table import require_ids
+
+LARGEST_SCRATCH = 1 << 26
+"""Rows up to which a program finds repeats in a scratch array instead of sorting."""
+
+Batch = Mapping[str, Any]
+Make = Callable[[], tuple[nnx.Module, list[Embed]]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One lookup of a model.
+
+    Attributes:
+      table: which.
+      source: the batch's array that the ids are, or None where the model computes them.
+      shape: of the ids, dim 0 counting samples.
+    """
+
+    table: int
+    source: str | None
+    shape: tuple[int, ...]
+
+
+def calls_of(make: Make, run: Callable[[nnx.Module, Batch], Any], batch: Batch) -> tuple[Call, ...]:
+    """Every lookup of a model, in order.
+
+    Args:
+      make: makes the model, and gives its tables in order.
+      run: the loss, called with the model and a batch.
+      batch: shapes of a batch.
+
+    Raises:
+      CaptureError: ids are not integers, or are looked up inside a loop or a branch.
+    """
+    tables: list[int] = []
+
+    def ids(batch: Batch) -> list[jax.Array]:
+        found = recorded(make, run, batch)
+        tables[:] = [table for table, _ in found]
+        return [ids for _, ids in found]
+
+    names = sorted(batch)
+    shapes = {name: jax.ShapeDtypeStruct(batch[name].shape, batch[name].dtype) for name in names}
+    closed = jax.make_jaxpr(ids)(shapes)
+    inputs = dict(zip(map(id, closed.jaxpr.invars), names, strict=True))
+    calls = []
+    for table, out in zip(tables, closed.jaxpr.outvars, strict=True):
+        if not jnp.issubdtype(out.aval.dtype, jnp.integer):
+            raise CaptureError(
+                f"a table is asked for ids of type {out.aval.dtype}; ids are integers: "
+                "convert them in the data, or with .astype(jnp.int32)"
+            )
+        calls.append(Call(table, inputs.get(id(out)), tuple(out.aval.shape)))
+    return tuple(calls)
+
+
+def recorded(
+    make: Make, run: Callable[[nnx.Module, Batch], Any], batch: Batch
+) -> list[tuple[int, jax.Array]]:
+    """(table, ids) of every lookup, while tracing."""
+    model, layers = make()
+    recorder = Recorder(layers=layers)
+    for layer in layers:
+        layer.lender = recorder
+    run(model, batch)
+    for _, ids in recorder.asked:
+        if isinstance(ids, jax.core.Tracer) and not _usable(ids):
+            raise CaptureError(
+                "an Embed layer is called inside a loop or a branch of the program (scan, cond, "
+                "while, vmap), where its ids cannot be seen from outside; call it before and "
+                "hand its output in"
+            )
+    return recorder.asked
+
+
+def _usable(ids: jax.Array) -> bool:
+    try:
+        _ = ids + 0
+    except jax.errors.UnexpectedTracerError:
+        return False
+    return True
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Wanted:
+    """What a step pulls: the distinct ids, and each call's positions among them.
+
+    Attributes:
+      ids: int32[devices * u] of each table; -1 is padding.
+      positions: of each call, int32 shaped as its ids.
+    """
+
+    ids: tuple[Any, ...]
+    positions: tuple[Any, ...]
+
+
+class HostFinder:
+    """Finds on the host what a step wants, each device's part of the batch by itself.
+
+    Sizes are kept once they have grown, so that programs are compiled for few of them.
+    """
+
+    def __init__(self, calls: tuple[Call, ...], rows: tuple[int, ...], devices: int) -> None:
+        self._calls, self._rows, self._devices = calls, rows, devices
+        self._sizes: dict[tuple[str, ...], int] = {}
+        self._dedup: dict[int, HostDedup] = {}
+
+    def __call__(self, batch: Mapping[str, np.ndarray]) -> Wanted:
+        """What the lookups of a batch want.
+
+        Raises:
+          DataError: an id is outside its table.
+        """
+        found: dict[tuple[int, tuple[str, ...]], tuple[np.ndarray, dict[str, np.ndarray]]] = {}
+        ids, positions = [], {}
+        for table, rows in enumerate(self._rows):
+            sources = tuple(
+                dict.fromkeys(str(call.source) for call in self._calls if call.table == table)
+            )
+            if (rows, sources) not in found:
+                found[rows, sources] = self._find(rows, sources, batch)
+            distinct, places = found[rows, sources]
+            ids.append(distinct)
+            positions[table] = places
+        return Wanted(
+            tuple(ids), tuple(positions[call.table][str(call.source)] for call in self._calls)
+        )
+
+    def _find(
+        self, rows: int, sources: tuple[str, ...], batch: Mapping[str, np.ndarray]
+    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        arrays = [np.asarray(batch[source]) for source in sources]
+        for source, array in zip(sources, arrays, strict=True):
+            require_at_most(array, rows, source)
+        dedup = self._dedup.setdefault(rows, HostDedup(rows))
+        parts = []
+        for device in range(self._devices):
+            own = [_part(array, device, self._devices).reshape(-1) for array in arrays]
+            parts.append(dedup(own[0] if len(own) == 1 else np.concatenate(own)))
+        size = rounded_size(
+            max(part.ids.size for part in parts), self._sizes.get(sources, 0)
+        )
+        self._sizes[sources] = size
+        places: dict[str, np.ndarray] = {}
+        offset = 0
+        for source, array in zip(sources, arrays, strict=True):
+            each = array.size // self._devices
+            own = [part.positions[offset : offset + each] for part in parts]
+            joined = own[0] if len(own) == 1 else np.concatenate(own)
+            places[source] = joined.reshape(array.shape)
+            offset += each
+        return np.concatenate([padded(part.ids, size) for part in parts]), places
+
+
+def _part(array: np.ndarray, device: int, devices: int) -> np.ndarray:
+    each = array.shape[0] // devices
+    return array[device * each : (device + 1) * each]
+
+
+def require_at_most(ids: np.ndarray, rows: int, what: str) -> None:
+    """Refuses ids beyond the table; negative ones are padding.
+
+    Raises:
+      DataError: naming the first such id.
+    """
+    if ids.size and ids.max() >= rows:
+        require_ids(np.maximum(ids, 0), rows, f"the table that batch[{what!r}] is looked up in")
+
+
+def found_in_program(
+    asked: list[tuple[int, jax.Array]], rows: tuple[int, ...]
+) -> tuple[Wanted, jax.Array]:
+    """As `HostFinder`, inside a program; and how many ids were outside their tables."""
+    ids: list[jax.Array] = []
+    positions: list[jax.Array | None] = [None] * len(asked)
+    outside = jnp.int32(0)
+    for table, limit in enumerate(rows):
+        mine = [index for index, (asker, _) in enumerate(asked) if asker == table]
+        flat = jnp.concatenate(
+            [asked[index][1].reshape(-1).astype(jnp.int32) for index in mine]
+            or [jnp.full(1, -1, jnp.int32)]
+        )
+        outside += (flat >= limit).sum(dtype=jnp.int32)
+        flat = jnp.where(flat >= limit, -1, flat)
+        if limit <= LARGEST_SCRATCH:
+            winners, _ = representatives(flat, jnp.zeros(limit, jnp.int32))
+        else:
+            winners = sorted_representatives(flat)
+        iota = jnp.arange(flat.shape[0], dtype=jnp.int32)
+        ids.append(jnp.where(winners == iota, flat, -1))
+        places = jnp.where(flat < 0, -1, winners)
+        offset = 0
+        for index in mine:
+            shape = asked[index][1].shape
+            size = asked[index][1].size
+            positions[index] = places[offset : offset + size].reshape(shape)
+            offset += size
+    return Wanted(tuple(ids), tuple(positions)), outside
+
+
+def lend(layers: list[Embed], pulled: tuple[jax.Array, ...], wanted: Wanted, calls: tuple[int, ...]) -> None:
+    """Gives the layers their rows; `calls` are the tables of each call, in order."""
+    lender = PulledRows(pulled, iter(zip(calls, wanted.positions, strict=True)))
+    for layer in layers:
+        layer.lender = lender

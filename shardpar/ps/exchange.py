@@ -1,0 +1,228 @@
+"""Rows from their owners and gradients back to them: the two reshards of a sharded table.
+
+Runs inside a shard_map over a grid of row and column shards, every device with its part of
+the batch. A pull is rows Split -> requesters; a push is Partial rows -> owners. Each device
+asks each owner for at most `capacity` rows at a time. Where more are asked, all devices go
+more rounds: the places of a row say in which round it goes, so that all gradients of a row
+meet in the same round and a nonlinear rule sees their sum. Nothing is ever dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from shardpar.ps.dedup import representatives
+from shardpar.ps.placement import Placement
+
+ROWS, COLUMNS = "rows", "columns"
+
+Rounds = int | jax.Array
+"""1 where one round is certain to do, else counted while the program runs."""
+
+Rule = Callable[[tuple[jax.Array, ...], jax.Array], tuple[jax.Array, ...]]
+"""From rows and their slots, [n, width] each, and their gradients to new rows and slots."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How one table's rows travel.
+
+    Attributes:
+      placement: of the table, whose grid is the mesh's axes ROWS and COLUMNS.
+      rows, dim: of the whole table.
+      capacity: rows that one device asks of one owner in a round.
+    """
+
+    placement: Placement
+    rows: int
+    dim: int
+    capacity: int
+
+    def requests(self, ids: jax.Array) -> jax.Array:
+        """What all devices of this one's grid row want: int32[columns * u] from int32[u].
+
+        Args:
+          ids: what this device wants, no id twice; negative ones are padding.
+        """
+        if self.placement.columns == 1:
+            return ids
+        return lax.all_gather(ids, COLUMNS, tiled=True)
+
+    def rounds(self, wanted: jax.Array) -> Rounds:
+        """How many rounds the requests of all devices need: a power of two, mostly 1."""
+        limit = max(self.capacity, self.placement.columns)
+        if self.placement.rows == 1 or limit >= wanted.shape[0]:
+            return 1
+        shard, place = self._home(wanted)
+
+        def too_few(rounds: jax.Array) -> jax.Array:
+            def fullest(turn: jax.Array, most: jax.Array) -> jax.Array:
+                counts = self._here(shard, place, turn, rounds).sum(0, dtype=jnp.int32)
+                return jnp.maximum(most, counts.max())
+
+            most = lax.fori_loop(0, rounds, fullest, jnp.int32(0))
+            return lax.pmax(most, (ROWS, COLUMNS)) > limit
+
+        # The answer of too_few is carried: collectives in a loop's condition would
+        # be run once more by devices that are done.
+        def wider(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            rounds = carry[0] * 2
+            return rounds, too_few(rounds)
+
+        one = jnp.int32(1)
+        return lax.while_loop(lambda carry: carry[1], wider, (one, too_few(one)))[0]
+
+    def pull(self, table: jax.Array, wanted: jax.Array, rounds: Rounds) -> jax.Array:
+        """The wanted rows, float[u, dim]; zeros where an id is negative.
+
+        Args:
+          table: this device's piece, [shard rows, shard columns].
+          wanted: from `requests`.
+          rounds: from `rounds`.
+        """
+        if self.placement.rows == 1:
+            return self._narrowed(read(table, jnp.where(wanted >= 0, self._home(wanted)[1], -1)))
+        shard, place = self._home(wanted)
+        out = jnp.zeros((wanted.shape[0], table.shape[1]), table.dtype)
+
+        def one(turn: jax.Array, out: jax.Array) -> jax.Array:
+            asked, slot, here = self._sent(shard, place, turn, rounds)
+            got = lax.all_to_all(asked, ROWS, 0, 0, tiled=True)
+            found = read(table, got.reshape(-1))
+            back = lax.all_to_all(found.reshape(*got.shape, -1), ROWS, 0, 0, tiled=True)
+            flat = back.reshape(-1, table.shape[1])
+            return jnp.where(here[:, None], flat.at[slot].get(mode="fill", fill_value=0), out)
+
+        return self._narrowed(_each(rounds, one, out))
+
+    def push(
+        self,
+        wanted: jax.Array,
+        gradient: jax.Array,
+        rounds: Rounds,
+        table: tuple[jax.Array, ...],
+        scratch: jax.Array,
+        rule: Rule,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Gives the owners their rows' gradients, summed, and lets them take these.
+
+        Args:
+          wanted, rounds: as they were pulled.
+          gradient: float[u, dim], of this device's rows.
+          table: this device's piece and its slots.
+          scratch: int32[shard rows].
+          rule: how rows take gradients.
+
+        Returns:
+          The new pieces, and the scratch.
+        """
+        if self.placement.replicated:
+            everyone = (ROWS, COLUMNS)
+            places = lax.all_gather(wanted, everyone, tiled=True)
+            sums = lax.all_gather(gradient, everyone, tiled=True)
+            places, sums, scratch = summed(places, sums, scratch)
+            return applied(table, places, sums, rule), scratch
+        sums = self._widened(gradient)
+        shard, place = self._home(wanted)
+        if self.placement.rows == 1:
+            places = jnp.where(wanted >= 0, place, -1)
+            if self.placement.columns > 1:
+                places, sums, scratch = summed(places, sums, scratch)
+            return applied(table, places, sums, rule), scratch
+
+        def one(turn: jax.Array, carry: tuple) -> tuple:
+            table, scratch = carry
+            asked, slot, here = self._sent(shard, place, turn, rounds)
+            size = asked.shape[0] * asked.shape[1]
+            filled = jnp.zeros((size, sums.shape[1]), sums.dtype)
+            filled = filled.at[slot].set(sums, mode="drop", unique_indices=True)
+            got = lax.all_to_all(asked, ROWS, 0, 0, tiled=True).reshape(-1)
+            parts = lax.all_to_all(
+                filled.reshape(*asked.shape, -1), ROWS, 0, 0, tiled=True
+            ).reshape(size, -1)
+            places, total, scratch = summed(got, parts, scratch)
+            return applied(table, places, total, rule), scratch
+
+        return _each(rounds, one, (table, scratch))
+
+    def _home(self, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shard, place = self.placement.home(wanted, self.rows)
+        return jnp.where(wanted >= 0, shard, -1), place
+
+    def _here(
+        self, shard: jax.Array, place: jax.Array, turn: jax.Array, rounds: Rounds
+    ) -> jax.Array:
+        """Which requests go to which owner in this round: bool[u, shards]."""
+        owners = jnp.arange(self.placement.rows, dtype=shard.dtype)
+        return (shard[:, None] == owners) & ((place % rounds) == turn)[:, None]
+
+    def _sent(
+        self, shard: jax.Array, place: jax.Array, turn: jax.Array, rounds: Rounds
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """This round's requests: int32[shards, capacity], and where each one is in them."""
+        capacity = max(self.capacity, self.placement.columns)
+        to = self._here(shard, place, turn, rounds)
+        here = to.any(axis=1)
+        rank = (jnp.cumsum(to, axis=0, dtype=jnp.int32) * to).sum(axis=1, dtype=jnp.int32) - 1
+        size = self.placement.rows * capacity
+        slot = jnp.where(here, shard * capacity + rank, size)
+        asked = jnp.full(size, -1, jnp.int32).at[slot].set(
+            place, mode="drop", unique_indices=True
+        )
+        return asked.reshape(self.placement.rows, capacity), slot, here
+
+    def _narrowed(self, rows: jax.Array) -> jax.Array:
+        """From pieces of everyone's rows to whole rows of this device's own."""
+        if self.placement.columns == 1:
+            return rows
+        own = rows.reshape(self.placement.columns, -1, rows.shape[1])
+        pieces = lax.all_to_all(own, COLUMNS, 0, 0, tiled=True)
+        return jnp.moveaxis(pieces, 0, 1).reshape(own.shape[1], -1)
+
+    def _widened(self, gradient: jax.Array) -> jax.Array:
+        """The inverse: the piece that this device's columns take of everyone's gradients."""
+        if self.placement.columns == 1:
+            return gradient
+        pieces = gradient.reshape(gradient.shape[0], self.placement.columns, -1)
+        own = lax.all_to_all(jnp.moveaxis(pieces, 1, 0), COLUMNS, 0, 0, tiled=True)
+        return own.reshape(-1, own.shape[2])
+
+
+def _each(rounds: Rounds, one: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
+    if isinstance(rounds, int):
+        return one(jnp.int32(0), carry)
+    return lax.fori_loop(0, rounds, one, carry)
+
+
+def read(table: jax.Array, places: jax.Array) -> jax.Array:
+    """Rows [n, width] of a piece of a table; zeros where a place is negative."""
+    at = jnp.where(places < 0, table.shape[0], places)
+    return table.at[at].get(mode="fill", fill_value=0)
+
+
+def summed(
+    places: jax.Array, parts: jax.Array, scratch: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Sums what belongs to one place: each place once, the others negative; and the scratch."""
+    winners, scratch = representatives(places, scratch)
+    iota = jnp.arange(places.shape[0], dtype=jnp.int32)
+    total = jnp.zeros_like(parts).at[winners].add(parts)
+    return jnp.where(winners == iota, places, -1), total, scratch
+
+
+def applied(
+    table: tuple[jax.Array, ...], places: jax.Array, gradient: jax.Array, rule: Rule
+) -> tuple[jax.Array, ...]:
+    """The pieces after these places, each at most once, took their gradients."""
+    old = tuple(read(piece, places) for piece in table)
+    at = jnp.where(places < 0, table[0].shape[0], places)
+    return tuple(
+        piece.at[at].set(rows.astype(piece.dtype), mode="drop", unique_indices=True)
+        for piece, rows in zip(table, rule(old, gradient), strict=True)
+    )
