@@ -16,7 +16,13 @@ import numpy as np
 from flax import nnx
 
 from shardpar.errors import CaptureError
-from shardpar.ps.dedup import HostDedup, padded, representatives, rounded_size, sorted_representatives
+from shardpar.ps.dedup import (
+    HostDedup,
+    padded,
+    representatives,
+    rounded_size,
+    sorted_representatives,
+)
 from shardpar.ps.embed import Embed, PulledRows, Recorder
 from shardpar.ps.table import require_ids
 
@@ -159,9 +165,7 @@ class HostFinder:
         for device in range(self._devices):
             own = [_part(array, device, self._devices).reshape(-1) for array in arrays]
             parts.append(dedup(own[0] if len(own) == 1 else np.concatenate(own)))
-        size = rounded_size(
-            max(part.ids.size for part in parts), self._sizes.get(sources, 0)
-        )
+        size = rounded_size(max(part.ids.size for part in parts), self._sizes.get(sources, 0))
         self._sizes[sources] = size
         places: dict[str, np.ndarray] = {}
         offset = 0
@@ -220,7 +224,9 @@ def found_in_program(
     return Wanted(tuple(ids), tuple(positions)), outside
 
 
-def lend(layers: list[Embed], pulled: tuple[jax.Array, ...], wanted: Wanted, calls: tuple[int, ...]) -> None:
+def lend(
+    layers: list[Embed], pulled: tuple[jax.Array, ...], wanted: Wanted, calls: tuple[int, ...]
+) -> None:
     """Gives the layers their rows; `calls` are the tables of each call, in order."""
     lender = PulledRows(pulled, iter(zip(calls, wanted.positions, strict=True)))
     for layer in layers:

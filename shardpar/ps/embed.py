@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from typing_extensions import override
 
 from shardpar.ps.initializers import Initializer, Normal
 from shardpar.ps.optimizers import AdaGrad, RowOptimizer
@@ -46,7 +47,7 @@ class Embed(nnx.Module):
       bag: "none" gives [..., dim] for ids [...]; "sum" and "mean" reduce the last dim of
         ids. The mean is weighted, where there are weights. Negative ids are padding and
         count for nothing.
-      optimizer, init: how rows learn and begin.
+      optimizer, init: how rows learn and begin; None takes AdaGrad() and Normal().
       rngs: as for any Flax layer.
 
     Example:
@@ -64,12 +65,13 @@ class Embed(nnx.Module):
         *,
         rngs: nnx.Rngs,
         bag: Bag = "none",
-        optimizer: RowOptimizer = AdaGrad(),
-        init: Initializer = Normal(),
+        optimizer: RowOptimizer | None = None,
+        init: Initializer | None = None,
     ) -> None:
         if bag not in ("none", "sum", "mean"):
             raise ValueError(f"bag is 'none', 'sum' or 'mean', not {bag!r}")
-        self.table = Table(rows, dim, optimizer, init)
+        init = init or Normal()
+        self.table = Table(rows, dim, optimizer or AdaGrad(), init)
         self.bag = bag
         key = rngs.params()
         self.key = TableKey(jax.random.key_data(key))
@@ -104,19 +106,20 @@ class Embed(nnx.Module):
 
 
 @dataclass
-class Recorder:
+class Recorder(Lender):
     """Lends zeros, and writes down who asked for which ids."""
 
     asked: list[tuple[int, jax.Array]] = field(default_factory=list)
     layers: list[Embed] = field(default_factory=list)
 
+    @override
     def lookup(self, layer: Embed, ids: jax.Array) -> jax.Array:
         self.asked.append((self.layers.index(layer), ids))
         return jnp.zeros((*ids.shape, layer.table.dim), jnp.float32)
 
 
 @dataclass
-class PulledRows:
+class PulledRows(Lender):
     """Lends the rows of a step, in the order in which they were asked for.
 
     Attributes:
@@ -127,6 +130,7 @@ class PulledRows:
     pulled: tuple[jax.Array, ...]
     positions: Iterator[tuple[int, jax.Array]]
 
+    @override
     def lookup(self, layer: Embed, ids: jax.Array) -> jax.Array:
         table, positions = next(self.positions)
         rows = self.pulled[table]

@@ -113,7 +113,8 @@ class Exchange:
         """Gives the owners their rows' gradients, summed, and lets them take these.
 
         Args:
-          wanted, rounds: as they were pulled.
+          wanted: as they were pulled.
+          rounds: likewise.
           gradient: float[u, dim], of this device's rows.
           table: this device's piece and its slots.
           scratch: int32[shard rows].
@@ -138,7 +139,7 @@ class Exchange:
 
         def one(turn: jax.Array, carry: tuple) -> tuple:
             table, scratch = carry
-            asked, slot, here = self._sent(shard, place, turn, rounds)
+            asked, slot, _ = self._sent(shard, place, turn, rounds)
             size = asked.shape[0] * asked.shape[1]
             filled = jnp.zeros((size, sums.shape[1]), sums.dtype)
             filled = filled.at[slot].set(sums, mode="drop", unique_indices=True)
@@ -165,16 +166,14 @@ class Exchange:
     def _sent(
         self, shard: jax.Array, place: jax.Array, turn: jax.Array, rounds: Rounds
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """This round's requests: int32[shards, capacity], and where each one is in them."""
+        """The requests of a round: int32[shards, capacity], and where each one is in them."""
         capacity = max(self.capacity, self.placement.columns)
         to = self._here(shard, place, turn, rounds)
         here = to.any(axis=1)
         rank = (jnp.cumsum(to, axis=0, dtype=jnp.int32) * to).sum(axis=1, dtype=jnp.int32) - 1
         size = self.placement.rows * capacity
         slot = jnp.where(here, shard * capacity + rank, size)
-        asked = jnp.full(size, -1, jnp.int32).at[slot].set(
-            place, mode="drop", unique_indices=True
-        )
+        asked = jnp.full(size, -1, jnp.int32).at[slot].set(place, mode="drop", unique_indices=True)
         return asked.reshape(self.placement.rows, capacity), slot, here
 
     def _narrowed(self, rows: jax.Array) -> jax.Array:

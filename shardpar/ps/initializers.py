@@ -11,6 +11,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import override
 
 
 class Initializer(Protocol):
@@ -22,7 +23,7 @@ class Initializer(Protocol):
 
 
 @dataclass(frozen=True)
-class Zeros:
+class Zeros(Initializer):
     """Every value is 0.
 
     >>> import jax, jax.numpy as jnp
@@ -30,12 +31,13 @@ class Zeros:
     [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     """
 
+    @override
     def __call__(self, key: jax.Array, rows: jax.Array, dim: int) -> jax.Array:
         return jnp.zeros((rows.shape[0], dim), jnp.float32)
 
 
 @dataclass(frozen=True)
-class Normal:
+class Normal(Initializer):
     """Values from a normal distribution around 0.
 
     >>> import jax, jax.numpy as jnp
@@ -47,13 +49,14 @@ class Normal:
 
     std: float = 0.01
 
+    @override
     def __call__(self, key: jax.Array, rows: jax.Array, dim: int) -> jax.Array:
         draw = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), (dim,)))
         return self.std * draw(rows)
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Initializer):
     """Values evenly spread over [-limit, limit).
 
     >>> import jax, jax.numpy as jnp
@@ -63,6 +66,7 @@ class Uniform:
 
     limit: float = 0.01
 
+    @override
     def __call__(self, key: jax.Array, rows: jax.Array, dim: int) -> jax.Array:
         def draw(row: jax.Array) -> jax.Array:
             return jax.random.uniform(
@@ -73,7 +77,7 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Columns:
+class Columns(Initializer):
     """Several beginnings side by side, for a table whose rows hold several things.
 
     A factorisation machine keeps a feature's weight and its factors in one row, since both
@@ -87,6 +91,7 @@ class Columns:
 
     parts: tuple[tuple[Initializer, int], ...]
 
+    @override
     def __call__(self, key: jax.Array, rows: jax.Array, dim: int) -> jax.Array:
         total = sum(width for _, width in self.parts)
         if total != dim:

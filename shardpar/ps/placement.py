@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ class Placement:
         if self.deal == "turns":
             return -(-rows // self.rows)
         bounds = self.bounds(rows)
-        return max(1, *(end - start for start, end in zip(bounds, bounds[1:], strict=False)))
+        return max(1, *(end - start for start, end in pairwise(bounds)))
 
     def shard_columns(self, dim: int) -> int:
         """How wide a shard is.

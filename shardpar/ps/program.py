@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import lax
@@ -97,7 +96,7 @@ class SparseProgram:
         batch: Batch,
         devices: Sequence[jax.Device] | None = None,
         options: SparseOptions = SparseOptions(),
-        rate: optax.Schedule = lambda step: jnp.float32(1.0),
+        rate: optax.Schedule | None = None,
     ) -> None:
         """Traces the model; nothing is compiled yet.
 
@@ -108,13 +107,14 @@ class SparseProgram:
           batch: arrays or shapes of a global batch, by name, dim 0 counting samples.
           devices: None takes all.
           options: layouts of the tables.
-          rate: scales the tables' learning rates at each step.
+          rate: scales the tables' learning rates at each step; None leaves them.
 
         Raises:
           PlanError: a placement does not fit, or the batch does not divide.
           CaptureError: the model cannot be traced.
         """
-        self._loss, self._optimizer, self._rate = loss, optimizer, rate
+        self._loss, self._optimizer = loss, optimizer
+        self._rate = rate or optax.constant_schedule(1.0)
         self.options = options
         self.devices = tuple(jax.devices() if devices is None else devices)
         self.model: AbstractModel = abstract_model(init)
@@ -122,7 +122,8 @@ class SparseProgram:
         if not named:
             raise PlanError("the model has no `ps.Embed` layer; train it with `shardpar.compile`")
         self._names = tuple(name for name, _ in named)
-        placements = [_placement(options.placements, name, len(self.devices)) for name in self._names]
+        count = len(self.devices)
+        placements = [_placement(options.placements, name, count) for name in self._names]
         grids = {(p.rows, p.columns) for p in placements if not p.replicated}
         if len(grids) > 1:
             raise PlanError(
@@ -223,6 +224,8 @@ class SparseProgram:
         """What `run(model, batch)` gives for each sample, such as a prediction.
 
         Args:
+          state: from `init` or `step`; it stays.
+          batch: as for `step`.
           run: a function with a name that lasts: programs are kept by it. It sees a part of
             the batch, looks up what the loss does in the same order, and returns arrays
             whose dim 0 counts samples, or scalars, of which one per device comes back.
@@ -293,9 +296,7 @@ class SparseProgram:
         (total, (weight, rest)), gradients = jax.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
         )(state.dense, pulled)
-        total, weight, dense_gradient = lax.psum(
-            (total, weight, gradients[0]), _EVERYWHERE
-        )
+        total, weight, dense_gradient = lax.psum((total, weight, gradients[0]), _EVERYWHERE)
         scale = 1 / jnp.where(weight == 0, 1, weight)
         loss = total * scale
         fine = jnp.isfinite(loss) if self.options.skip_nonfinite else jnp.bool_(True)
@@ -338,9 +339,7 @@ class SparseProgram:
         if wanted is not None:
             return wanted, jnp.int32(0)
         asked = recorded(lambda: self._made(state.dense, state.rest), run, batch)
-        return found_in_program(
-            asked, tuple(self.tables[name].table.rows for name in self._names)
-        )
+        return found_in_program(asked, tuple(self.tables[name].table.rows for name in self._names))
 
     def _pulled(
         self, index: int, state: SparseState, wanted: Wanted
@@ -399,16 +398,13 @@ class SparseProgram:
     def _own_keys(self, rest: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Random keys of this device alone, so that no two drop the same units."""
         place = lax.axis_index(_EVERYWHERE)
-        return {
-            name: jax.random.fold_in(x, place) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
-            for name, x in rest.items()
-        }
+        return {name: x if _plain(x) else jax.random.fold_in(x, place) for name, x in rest.items()}
 
     def _agreed(self, new: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
         """Other variables after a step: keys as they were, statistics averaged."""
         return {
             name: old[name]
-            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            if not _plain(x)
             else (lax.pmean(x, _EVERYWHERE) if jnp.issubdtype(x.dtype, jnp.floating) else x)
             for name, x in new.items()
         }

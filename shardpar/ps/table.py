@@ -227,8 +227,7 @@ def device_grid(devices: Sequence[jax.Device], rows: int, columns: int) -> Mesh:
     """
     if len(devices) != rows * columns:
         raise PlanError(
-            f"a grid of {rows} x {columns} needs {rows * columns} devices, there are "
-            f"{len(devices)}"
+            f"a grid of {rows} x {columns} needs {rows * columns} devices, there are {len(devices)}"
         )
     array = np.empty(math.prod((rows, columns)), dtype=object)
     array[:] = devices
