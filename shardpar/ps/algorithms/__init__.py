@@ -1,0 +1,1 @@
+"""Algorithms over tables, a file and a paper each. Those with `TRAINS` are model files."""
