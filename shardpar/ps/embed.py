@@ -72,6 +72,7 @@ class Embed(nnx.Module):
             raise ValueError(f"bag is 'none', 'sum' or 'mean', not {bag!r}")
         init = init or Normal()
         self.table = Table(rows, dim, optimizer or AdaGrad(), init)
+        self.has_own_rule = optimizer is not None
         self.bag = bag
         key = rngs.params()
         self.key = TableKey(jax.random.key_data(key))

@@ -57,12 +57,11 @@ class Touched:
         self.rows[flat[flat >= 0]] = True
 
     def delta(self, placed: PlacedTable, state: TableState) -> dict[str, np.ndarray]:
-        """The touched rows: "ids" and, for these, what `kept` has. Forgets them then."""
+        """The touched rows: "ids" and, for these, what `kept` has."""
         ids = np.flatnonzero(self.rows).astype(np.int32)
-        whole = kept(placed, state)
-        step = whole.pop("step")
-        self.rows[:] = False
-        return {"ids": ids, "step": step} | {name: array[ids] for name, array in whole.items()}
+        pieces = placed.pieces_of(state, ids)
+        named = {"rows": pieces[0]} | {f"slot{i}": slot for i, slot in enumerate(pieces[1:])}
+        return {"ids": ids, "step": np.asarray(state.step)} | named
 
 
 def with_delta(

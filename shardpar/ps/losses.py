@@ -13,13 +13,13 @@ def _summed(costs: jax.Array, weights: jax.Array) -> Cost:
 
 
 def logistic(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> Cost:
-    """Cross entropy of labels in 0..1, from scores (logits).
+    """Cross entropy of labels in 0..1, from scores (logits); labels of -1 mean 0.
 
     >>> total, weight = logistic(jnp.zeros(2), jnp.array([0.0, 1.0]), jnp.ones(2))
     >>> round(float(total / weight), 4)
     0.6931
     """
-    return _summed(jax.nn.softplus(scores) - labels * scores, weights)
+    return _summed(jax.nn.softplus(scores) - jnp.maximum(labels, 0.0) * scores, weights)
 
 
 def hinge(scores: jax.Array, labels: jax.Array, weights: jax.Array) -> Cost:

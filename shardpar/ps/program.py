@@ -167,6 +167,23 @@ class SparseProgram:
         kept = {name: x for name, x in self.model.rest.items() if name not in self._hidden}
         return self.model.params, kept
 
+    @property
+    def finds_on_host(self) -> bool:
+        """Whether distinct ids are found before a step, so that it is known what it touches."""
+        return self._on_host
+
+    @cached_property
+    def state_shapes(self) -> SparseState:
+        """Shapes, dtypes and shardings of everything but the tables, which are empty."""
+        whole = replicated(self.mesh)
+        dense, rest = self._shapes
+        shapes = (dense, rest, jax.eval_shape(self._optimizer.init, dense))
+        placed = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), shapes
+        )
+        step = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        return SparseState(placed[0], placed[1], placed[2], {}, step)
+
     def init(self, seed: int = 0) -> SparseState:
         """A fresh state, born sharded; its values depend on the seed only."""
         whole = replicated(self.mesh)
@@ -201,7 +218,13 @@ class SparseProgram:
           DataError: an id is outside its table, or the batch has other arrays than the one
             the program was made for.
         """
-        return self._step(state, *self.prepared(batch))
+        return self.take(state, *self.prepared(batch))
+
+    def take(
+        self, state: SparseState, batch: dict[str, Any], wanted: Wanted | None
+    ) -> tuple[SparseState, dict[str, jax.Array]]:
+        """`step`, of what `prepared` gave."""
+        return self._step(state, batch, wanted)
 
     def prepared(self, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Wanted | None]:
         """What a step takes besides the state; may run ahead, in another thread."""

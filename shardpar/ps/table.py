@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from shardpar.errors import DataError, PlanError
 from shardpar.lowering.shardings import grid_sharding
+from shardpar.ps.dedup import rounded_size
 from shardpar.ps.exchange import COLUMNS, ROWS
 from shardpar.ps.initializers import Initializer, Normal
 from shardpar.ps.optimizers import AdaGrad, RowOptimizer
@@ -176,9 +177,16 @@ class PlacedTable:
 
     def lookup(self, state: TableState, ids: np.ndarray) -> np.ndarray:
         """The rows of some ids as a numpy array [..., dim]: for looking, not for training."""
-        places = self.stored_places(np.asarray(ids).reshape(-1))
-        rows = _taken(state.rows, jnp.asarray(places))
-        return np.asarray(rows).reshape(*np.shape(ids), self.table.dim)
+        rows = self.pieces_of(state, np.asarray(ids).reshape(-1))[0]
+        return rows.reshape(*np.shape(ids), self.table.dim)
+
+    def pieces_of(self, state: TableState, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Rows and slots of some ids int[n], on the host; [n, width] each."""
+        places = np.zeros(rounded_size(ids.size), np.int32)
+        places[: ids.size] = self.stored_places(ids)
+        return tuple(
+            np.asarray(_taken(piece, jnp.asarray(places)))[: ids.size] for piece in state.pieces
+        )
 
     def whole(self, state: TableState) -> tuple[np.ndarray, ...]:
         """Rows and slots in the order of ids, on the host; [rows, width] each."""

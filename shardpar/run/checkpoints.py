@@ -189,6 +189,10 @@ class Checkpoints:
             raise
         self._pending = None
 
+    def say(self, message: str) -> None:
+        """Tells what whoever opened this should know about its steps."""
+        self._notify(message)
+
     def steps(self) -> tuple[int, ...]:
         """The steps that are stored, oldest first; one still being written is not among them."""
         return tuple(self._peers.decide("stored steps", self._steps.committed))

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from shardpar import ps
 from shardpar.ps import losses
-from shardpar.ps.algorithms.perceptron import Perceptron
+from shardpar.ps.algorithms.perceptron import Perceptron, require_fields
 
 TRAINS = "tables"
 
@@ -69,6 +69,7 @@ class DCN(nnx.Module):
 
     def __call__(self, batch):
         """Scores [batch]."""
+        require_fields(self.options.fields, batch["ids"].shape[1])
         rows = self.table(batch["ids"], batch["values"])
         first = rows.reshape(rows.shape[0], -1)
         if self.options.dense:

@@ -17,7 +17,7 @@ from msgspec import Meta
 from shardpar import ps
 from shardpar.ps import losses
 from shardpar.ps.algorithms.fm import first_and_second_order
-from shardpar.ps.algorithms.perceptron import Perceptron
+from shardpar.ps.algorithms.perceptron import Perceptron, require_fields
 
 TRAINS = "tables"
 
@@ -51,6 +51,7 @@ class DeepFM(nnx.Module):
 
     def __call__(self, batch):
         """Scores [batch]."""
+        require_fields(self.options.fields, batch["ids"].shape[1])
         scaled = self.table(batch["ids"], batch["values"])
         flat = scaled[..., 1:].reshape(scaled.shape[0], -1)
         if self.options.dense:

@@ -25,3 +25,16 @@ class Perceptron(nnx.Module):
             if self.dropout is not None:
                 x = self.dropout(x)
         return self.out(x)[:, 0]
+
+
+def require_fields(fields: int, slots: int) -> None:
+    """Refuses samples with another number of features than the network was made for.
+
+    Raises:
+      ValueError: naming both.
+    """
+    if slots != fields:
+        raise ValueError(
+            f"model.fields is {fields}, but a sample has {slots} features, one per field; write "
+            f"model.fields={slots}"
+        )

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from shardpar import ps
 from shardpar.ps import losses
-from shardpar.ps.algorithms.perceptron import Perceptron
+from shardpar.ps.algorithms.perceptron import Perceptron, require_fields
 
 TRAINS = "tables"
 
@@ -46,6 +46,7 @@ class WideDeep(nnx.Module):
 
     def __call__(self, batch):
         """Scores [batch]."""
+        require_fields(self.options.fields, batch["ids"].shape[1])
         scaled = self.table(batch["ids"], batch["values"])
         flat = scaled[..., 1:].reshape(scaled.shape[0], -1)
         if self.options.dense:

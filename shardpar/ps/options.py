@@ -1,0 +1,93 @@
+"""What a user may ask of training tables; apart from the code, so that reading a config is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Rate = Annotated[float, Meta(gt=0.0)]
+Share = Annotated[float, Meta(ge=0.0, lt=1.0)]
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """Section `table` of a config: how the rows of tables learn, and where they are.
+
+    Attributes:
+      optimizer: the rule of the rows; each touches only rows that a step asks for.
+      learning_rate: of the rule; FTRL calls it alpha.
+      momentum: for momentum.
+      nesterov: for momentum.
+      initial: for adagrad and rowwise_adagrad: what the sums of squares begin with.
+      b1: for adam.
+      b2: for adam.
+      eps: for adagrad, rowwise_adagrad and adam; null takes the rule's own.
+      beta: for ftrl.
+      l1: for ftrl: weights with less evidence than this stay 0.
+      l2: for ftrl.
+      placement: rows dealt over all devices, columns cut over all of them, whole tables on
+        every device, or what costs least.
+      capacity: rows that one device asks of another in one round; null takes twice the mean.
+    """
+
+    optimizer: Literal["adagrad", "rowwise_adagrad", "sgd", "momentum", "adam", "ftrl"] = "adagrad"
+    learning_rate: Rate = 0.05
+    momentum: Share = 0.9
+    nesterov: bool = False
+    initial: Annotated[float, Meta(ge=0.0)] = 0.0
+    b1: Share = 0.9
+    b2: Share = 0.999
+    eps: Rate | None = None
+    beta: Annotated[float, Meta(ge=0.0)] = 1.0
+    l1: Annotated[float, Meta(ge=0.0)] = 0.0
+    l2: Annotated[float, Meta(ge=0.0)] = 0.0
+    placement: Literal["auto", "rows", "columns", "replicated"] = "auto"
+    capacity: Positive | None = None
+
+
+@dataclass(frozen=True)
+class DenseOptions:
+    """Section `optimizer` of a config that trains tables: the rule of all other parameters.
+
+    Attributes:
+      name: the optax rule.
+      learning_rate: constant.
+      momentum: for sgd.
+      b1: for adam.
+      b2: for adam.
+    """
+
+    name: Literal["adam", "adagrad", "sgd"] = "adam"
+    learning_rate: Rate = 1e-3
+    momentum: Share = 0.0
+    b1: Share = 0.9
+    b2: Share = 0.999
+
+
+@dataclass(frozen=True)
+class SparseTrainOptions:
+    """Section `train` of a config that trains tables.
+
+    Attributes:
+      epochs: passes over the data.
+      steps: to stop after, if that is earlier; null does all epochs.
+      global_batch: samples per step over all devices.
+      eval_every: evaluate after each so many steps; 0 only at the end.
+      log_every: steps between two lines for people.
+      full_every: each so many saves all rows are written; in between only those touched since.
+      seed: of rows and parameters.
+      run_dir: where the run lives; null makes a new directory under runs/.
+    """
+
+    epochs: Positive = 1
+    steps: Positive | None = None
+    global_batch: Positive = 4096
+    eval_every: Natural = 0
+    log_every: Positive = 20
+    full_every: Positive = 1
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] = 0
+    run_dir: str | None = None
