@@ -33,9 +33,7 @@ class BadLines:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(
-        self, seen: int, bad: list[tuple[int, str]], locate: Callable[[int], str]
-    ) -> None:
+    def add(self, seen: int, bad: list[tuple[int, str]], locate: Callable[[int], str]) -> None:
         """Counts lines.
 
         Args:

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from shardpar.ps.data.hashing import hash_integers, hash_text, hash_tokens
-from shardpar.ps.data.rows import BadLine, Parsed, Rows, RowShape, number, read_rows
+from shardpar.ps.data.rows import BadLineError, Parsed, Rows, RowShape, number, read_rows
 from shardpar.ps.data.tokens import Text, Tokens, exactly, parse_numbers, split
 
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -176,7 +176,9 @@ class Delimited:
     def _single(self, line: bytes) -> Rows:
         cells, columns = self._cells(line), self.columns
         if len(cells) != len(columns.names):
-            raise BadLine(f"it has {len(cells)} columns where {len(columns.names)} are expected")
+            raise BadLineError(
+                f"it has {len(cells)} columns where {len(columns.names)} are expected"
+            )
         label = number(cells[columns.label].strip(), self._called(columns.label))
         numbers, absent = np.zeros((1, len(columns.numeric))), np.zeros(len(columns.numeric), bool)
         for place, column in enumerate(columns.numeric):
@@ -196,10 +198,12 @@ class Delimited:
     def _number(self, cell: bytes, column: int) -> float:
         try:
             return number(cell, self._called(column))
-        except BadLine as problem:
+        except BadLineError as problem:
             if cell:
                 raise
-            raise BadLine(f"{problem}; write data.missing=0 to count empty cells as 0") from None
+            raise BadLineError(
+                f"{problem}; write data.missing=0 to count empty cells as 0"
+            ) from None
 
     def _called(self, column: int) -> str:
         name = self.columns.names[column]
@@ -215,7 +219,7 @@ class Delimited:
                 [line.decode("latin-1")], delimiter=self.delimiter.decode("latin-1"), strict=True
             )
         except (csv.Error, ValueError) as problem:
-            raise BadLine(f"its quotes do not match ({problem})") from None
+            raise BadLineError(f"its quotes do not match ({problem})") from None
         return [cell.encode("latin-1") for cell in cells]
 
 

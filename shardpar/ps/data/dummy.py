@@ -59,6 +59,4 @@ class Dummy:
     def _single(self, line: bytes) -> Rows:
         label, *features = line.split() or [b""]
         ids = [whole(feature, "id") for feature in features]
-        return single_row(
-            Feature(number(label, "the label"), ids, [1.0] * len(ids)), self.shape
-        )
+        return single_row(Feature(number(label, "the label"), ids, [1.0] * len(ids)), self.shape)

@@ -145,9 +145,7 @@ def to_rows(lists: Lists, shape: RowShape, odd: np.ndarray) -> Rows:
             grid = array.reshape(lines, width).astype(dtype, copy=False)
             return np.pad(grid, extra) if extra[1][1] else grid
     else:
-        slot = np.arange(ids.size) - np.repeat(
-            np.cumsum(lists.counts) - lists.counts, lists.counts
-        )
+        slot = np.arange(ids.size) - np.repeat(np.cumsum(lists.counts) - lists.counts, lists.counts)
         place = np.repeat(np.arange(lines) * shape.slots, lists.counts) + slot
         kept = slot < shape.slots
         if not kept.all():

@@ -153,7 +153,7 @@ def line_blocks(file: DataFile, unit: Unit, offset: int) -> Iterator[tuple[int, 
     Args:
       file: that the unit is of.
       unit: which lines.
-      offset: 0, or where an earlier block ended: blocks are the same wherever one begins.
+      offset: 0, or where a block began: blocks are the same wherever the first one begins.
 
     Yields:
       Where a block begins, in unpacked bytes, and its bytes.
@@ -163,8 +163,8 @@ def line_blocks(file: DataFile, unit: Unit, offset: int) -> Iterator[tuple[int, 
     """
     if file.compressed:
         yield from _unpacked_blocks(file, offset)
-    elif offset <= unit.start:
-        yield from _plain_block(file, unit)
+    else:
+        yield from (found for found in _plain_block(file, unit) if found[0] >= offset)
 
 
 def _plain_block(file: DataFile, unit: Unit) -> Iterator[tuple[int, bytes]]:

@@ -21,7 +21,7 @@ from shardpar.ps.data.feature_lists import (
     tokenized,
 )
 from shardpar.ps.data.rows import (
-    BadLine,
+    BadLineError,
     Feature,
     Parsed,
     Rows,
@@ -74,7 +74,7 @@ class Libffm:
         for feature in features:
             parts = feature.split(b":")
             if len(parts) != 3:
-                raise BadLine(f"a feature must be field:id:value, got {shown(feature)}")
+                raise BadLineError(f"a feature must be field:id:value, got {shown(feature)}")
             row.fields.append(whole(parts[0], "field"))
             row.ids.append(whole(parts[1], "id"))
             row.values.append(number(parts[2], f"the value of id {row.ids[-1]}"))

@@ -21,7 +21,7 @@ from shardpar.ps.data.feature_lists import (
     tokenized,
 )
 from shardpar.ps.data.rows import (
-    BadLine,
+    BadLineError,
     Feature,
     Parsed,
     Rows,
@@ -90,10 +90,10 @@ class Libsvm:
         for feature in features:
             index, colon, weight = feature.partition(b":")
             if not colon:
-                raise BadLine(f"a feature must be index:value, got {shown(feature)}")
+                raise BadLineError(f"a feature must be index:value, got {shown(feature)}")
             place = whole(index, "index") - (not self.zero_based)
             if place < 0:
-                raise BadLine(
+                raise BadLineError(
                     "index 0, but libsvm counts from 1; if this file counts from 0, "
                     "write data.zero_based=true"
                 )
@@ -117,7 +117,9 @@ def _cut_queries(
         return queries, parts, counts
     lines, first = lines[named], first[named]
     values = parts[1].take(first)
-    queries[lines] = read_whole(text, values, marks := np.zeros(lines.size, bool), np.ones_like(lines))
+    queries[lines] = read_whole(
+        text, values, marks := np.zeros(lines.size, bool), np.ones_like(lines)
+    )
     odd[lines[marks]] = True
     kept = np.ones(parts[0].starts.size, bool)
     kept[first] = False

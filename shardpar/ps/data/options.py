@@ -1,4 +1,4 @@
-"""What a user may ask of sparse data; kept apart from the code so that reading a config is quick."""
+"""What a user may ask of sparse data; apart from the code, so that reading a config is quick."""
 
 from __future__ import annotations
 

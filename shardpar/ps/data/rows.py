@@ -25,7 +25,7 @@ _NUMBER = re.compile(rb"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _NOT_FINITE = re.compile(rb"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
 
-class BadLine(ValueError):
+class BadLineError(ValueError):
     """A line that cannot be read; the text says why, and nothing of where it stands."""
 
 
@@ -134,7 +134,7 @@ def read_rows(
     for place in np.flatnonzero(odd).tolist():
         try:
             row = single(lines[place])
-        except BadLine as problem:
+        except BadLineError as problem:
             bad.append((place, str(problem)))
             failed[place] = True
         else:
@@ -151,11 +151,11 @@ def single_row(feature: Feature, shape: RowShape) -> Rows:
     """One line's row.
 
     Raises:
-      BadLine: there are too many features, or an id, a field or a number is out of range.
+      BadLineError: there are too many features, or an id, a field or a number is out of range.
     """
     count = len(feature.ids)
     if count > shape.slots:
-        raise BadLine(
+        raise BadLineError(
             f"it has {count} features and data.slots is {shape.slots}; write data.slots={count}"
         )
     row = shape.blank(1)
@@ -185,10 +185,10 @@ def check_id(number: int, shape: RowShape) -> None:
     """Refuses an id that no row has.
 
     Raises:
-      BadLine: it is `shape.rows` or more.
+      BadLineError: it is `shape.rows` or more.
     """
     if shape.rows is not None and number >= shape.rows:
-        raise BadLine(
+        raise BadLineError(
             f"id {number} is out of range, ids are 0 to {shape.rows - 1}; "
             "raise data.rows, or write data.hashed=true"
         )
@@ -198,20 +198,20 @@ def check_field(field: int, shape: RowShape) -> None:
     """Refuses a field that the model has no place for.
 
     Raises:
-      BadLine: it is `shape.field_count` or more.
+      BadLineError: it is `shape.field_count` or more.
     """
     if field >= (shape.field_count or 2**31):
-        raise BadLine(
+        raise BadLineError(
             f"field {field} is out of range, fields are 0 to {(shape.field_count or 2**31) - 1}"
             + (f"; write data.field_count={field + 1}" if shape.field_count else "")
         )
 
 
 def shown(text: bytes) -> str:
-    """A piece of a line as a message quotes it.
+    r"""A piece of a line as a message quotes it.
 
-    >>> shown(b"3:x\\xff")
-    "'3:x\\\\xff'"
+    >>> shown(b"3:x\xff")
+    "'3:x\\xff'"
     """
     cut = text[:SHOWN_BYTES]
     return repr(cut)[1:] + ("…" if len(text) > SHOWN_BYTES else "")
@@ -221,12 +221,12 @@ def whole(text: bytes, what: str) -> int:
     """A non-negative integer below 2⁶³.
 
     Raises:
-      BadLine: it is something else; `what` names it.
+      BadLineError: it is something else; `what` names it.
     """
     if not _WHOLE.fullmatch(text) or (number := int(text)) > LARGEST_ID:
         if re.fullmatch(rb"-[0-9]+", text):
-            raise BadLine(f"{what} {text[:SHOWN_BYTES].decode()} is negative")
-        raise BadLine(f"{what} must be an integer from 0 to {LARGEST_ID}, got {shown(text)}")
+            raise BadLineError(f"{what} {text[:SHOWN_BYTES].decode()} is negative")
+        raise BadLineError(f"{what} must be an integer from 0 to {LARGEST_ID}, got {shown(text)}")
     return number
 
 
@@ -234,15 +234,15 @@ def number(text: bytes, what: str) -> float:
     """A number that is finite, also as float32.
 
     Raises:
-      BadLine: it is something else; `what` names it.
+      BadLineError: it is something else; `what` names it.
     """
     if _NUMBER.fullmatch(text) and len(text) <= 40:
         value = float(text)
         if math.isfinite(value) and math.isfinite(np.float64(value).astype(np.float32)):
             return value
-        raise BadLine(f"{what} {shown(text)} is too large for a 32-bit float")
+        raise BadLineError(f"{what} {shown(text)} is too large for a 32-bit float")
     if _NOT_FINITE.fullmatch(text):
-        raise BadLine(f"{what} is {text.decode()}; leave the feature out, or give it a number")
+        raise BadLineError(f"{what} is {text.decode()}; leave the feature out, or give it a number")
     if not text:
-        raise BadLine(f"{what} is missing")
-    raise BadLine(f"{what} must be a number, got {shown(text)}")
+        raise BadLineError(f"{what} is missing")
+    raise BadLineError(f"{what} must be a number, got {shown(text)}")

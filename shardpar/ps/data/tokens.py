@@ -245,9 +245,7 @@ def _decimals(
     return (whole * power + fraction) / power, right
 
 
-def _any_numbers(
-    text: Text, starts: np.ndarray, ends: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _any_numbers(text: Text, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The way for exponents, long numbers, nan and inf: a few hundred ns each."""
     lengths = ends - starts
     width = int(min(lengths.max(initial=1), _LONGEST_NUMBER))
