@@ -21,8 +21,7 @@ def auc(labels: np.ndarray, scores: np.ndarray, weights: np.ndarray | None = Non
     """Exact area under the ROC curve.
 
     Args:
-      labels: [samples]: above 0 is positive; or, for the best AUC that any model can expect,
-        the probabilities themselves with `positive_share`, see `expected_auc`.
+      labels: [samples]: above 0 is positive.
       scores: [samples], of any scale.
       weights: [samples]; None is all 1. Rows of weight 0 do not count.
 
@@ -44,7 +43,7 @@ def expected_auc(probabilities: np.ndarray) -> float:
     """AUC of a model that knows the probabilities, averaged over all labels they may give.
 
     >>> expected_auc(np.array([0.5, 0.5])), round(expected_auc(np.array([0.1, 0.9])), 2)
-    (0.5, 0.91)
+    (0.5, 0.99)
     """
     chances = np.asarray(probabilities, np.float64)
     # A sample is not paired with itself: what that adds is a tie of weight p (1 - p).

@@ -145,7 +145,8 @@ class SparseBatches:
         numbers = {name: position.get(name) for name in names}
         if any(type(number) is not int or not 0 <= number < 2**60 for number in numbers.values()):
             raise DataError(
-                f"data position: it is damaged ({numbers!r:.120}); resume from an earlier checkpoint"
+                f"data position: it is damaged ({numbers!r:.120}); "
+                "resume from an earlier checkpoint"
             )
         if position.get("data") != self._identity:
             raise DataError(

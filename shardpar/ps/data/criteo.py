@@ -25,8 +25,7 @@ def criteo(
 ) -> Delimited:
     r"""The format, and the rows that are made of it.
 
-    Args:
-      rows, integers, binary_labels: as in `SparseDataOptions`.
+    The arguments are those of `SparseDataOptions`.
 
     >>> line = b"1" + b"\t3" * 13 + b"\t68fd1e64" * 26
     >>> rows = criteo(rows=2**20, integers="bucket").parse([line])

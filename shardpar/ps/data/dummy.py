@@ -45,7 +45,7 @@ class Dummy:
 
     def _block(self, lines: Sequence[bytes]) -> tuple[Rows | None, np.ndarray]:
         text, tokens = tokenized(lines)
-        labels, parts, odd = cut_labels(text, tokens, group=1)
+        labels, parts, odd = cut_labels(tokens, group=1)
         if not parts:
             return None, odd
         counts = tokens.counts - 1

@@ -53,7 +53,7 @@ def tokenized(lines: Sequence[bytes]) -> tuple[Text, Tokens]:
     return text, split(text, blank_or(COLON, text.data), merge=True)
 
 
-def cut_labels(text: Text, tokens: Tokens, group: int) -> tuple[Tokens, list[Tokens], np.ndarray]:
+def cut_labels(tokens: Tokens, group: int) -> tuple[Tokens, list[Tokens], np.ndarray]:
     """Parts each line into its label and its features of `group` tokens, joined by colons.
 
     Returns:

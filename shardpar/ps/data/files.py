@@ -92,7 +92,8 @@ def _look_at(path: str, key: str) -> DataFile:
         raise DataError(f"{key}: {path!r} is no file name")
     if os.path.isdir(path):
         raise DataError(
-            f"{path} is a directory; name a file, or the files in it: {key}={os.path.join(path, '*')}"
+            f"{path} is a directory; name a file, or the files in it: "
+            f"{key}={os.path.join(path, '*')}"
         )
     try:
         with open(path, "rb") as file:
@@ -236,7 +237,8 @@ def _read(stream: gzip.GzipFile, count: int, path: str, lines: int) -> bytes:
             piece = stream.read(count)
         except EOFError:
             raise DataError(
-                f"{where}, the compressed data ends too early; the file is truncated: fetch it again"
+                f"{where}, the compressed data ends too early; "
+                "the file is truncated: fetch it again"
             ) from None
         except (gzip.BadGzipFile, zlib.error) as problem:
             raise DataError(

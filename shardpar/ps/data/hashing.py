@@ -86,7 +86,8 @@ def hash_tokens(
 
     Args:
       words: uint64, one for each byte of the buffer: the eight bytes from it, little-endian.
-      starts, ends: where each text begins and ends; `WORD_BYTES` more bytes follow the last.
+      starts: where each text begins.
+      ends: where each ends; `WORD_BYTES` more bytes follow the last.
       fields: as for `hash_integers`.
       rows: as for `hash_integers`.
 

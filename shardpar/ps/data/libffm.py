@@ -55,7 +55,7 @@ class Libffm:
 
     def _block(self, lines: Sequence[bytes]) -> tuple[Rows | None, np.ndarray]:
         text, tokens = tokenized(lines)
-        labels, parts, odd = cut_labels(text, tokens, group=3)
+        labels, parts, odd = cut_labels(tokens, group=3)
         if not parts:
             return None, odd
         counts = (tokens.counts - 1) // 3

@@ -63,7 +63,7 @@ class Libsvm:
 
     def _block(self, lines: Sequence[bytes]) -> tuple[Rows | None, np.ndarray]:
         text, tokens = tokenized(lines)
-        labels, parts, odd = cut_labels(text, tokens, group=2)
+        labels, parts, odd = cut_labels(tokens, group=2)
         if not parts:
             return None, odd
         counts = (tokens.counts - 1) // 2

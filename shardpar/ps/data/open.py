@@ -7,14 +7,17 @@ from dataclasses import replace
 import numpy as np
 
 from shardpar.errors import DataError
+from shardpar.ps.data.clicks import EVAL_FROM, ClickLog
 from shardpar.ps.data.criteo import criteo
 from shardpar.ps.data.csv_columns import csv_format
 from shardpar.ps.data.delimited import Delimited
+from shardpar.ps.data.demo import demo_data
 from shardpar.ps.data.dummy import Dummy
 from shardpar.ps.data.feature_lists import tokenized
 from shardpar.ps.data.files import DataFile, find_files, head_lines, is_text
 from shardpar.ps.data.libffm import Libffm
 from shardpar.ps.data.libsvm import Libsvm
+from shardpar.ps.data.memory import ClickSource, MemorySource
 from shardpar.ps.data.options import SparseDataOptions
 from shardpar.ps.data.parquet import open_parquet
 from shardpar.ps.data.rows import RowShape
@@ -41,6 +44,8 @@ def open_data(
     Raises:
       DataError: the files are missing, not text, damaged, or in another format than stated.
     """
+    if options.format in ("clicks", "sklearn"):
+        raise DataError(f"data.format={options.format} reads no file; open it with `open_parts`")
     path = options.path if path is None else path
     if path is None:
         raise DataError(f"{key} is missing; write {key}=FILE")
@@ -53,8 +58,10 @@ def open_parts(options: SparseDataOptions) -> tuple[Source, Source | None]:
     Raises:
       DataError: as for `open_data`.
     """
+    if options.format in ("clicks", "sklearn"):
+        return _made(options)
     if options.path is None:
-        raise DataError("data.path is missing; write data.path=FILE")
+        raise DataError("data.path is missing; write data.path=FILE, or data.format=clicks")
     train = find_files(options.path, "data.path")
     if options.eval_path is None:
         return _open(options, train, (), "data.path"), None
@@ -62,6 +69,23 @@ def open_parts(options: SparseDataOptions) -> tuple[Source, Source | None]:
     source = _open(options, train, test, "data.path")
     options = replace(options, slots=source.shape.slots or None)
     return source, _open(options, test, (), "data.eval_path")
+
+
+def _made(options: SparseDataOptions) -> tuple[Source, Source | None]:
+    if options.format == "sklearn":
+        name = options.path or "breast_cancer"
+        train, test = (MemorySource(part, name) for part in demo_data(name, options.seed))
+        return train, test
+    if options.path or options.eval_path:
+        raise DataError(
+            "data.format=clicks generates a click log and reads no file; leave out data.path and "
+            "data.eval_path, or write the files' format"
+        )
+    log = ClickLog(options.samples, options.seed)
+    if not options.eval_samples:
+        return ClickSource(log), None
+    test = replace(log, samples=options.eval_samples, first=EVAL_FROM)
+    return ClickSource(log), ClickSource(test)
 
 
 def _open(
@@ -88,11 +112,6 @@ def _open(
                 "dummy, libffm, criteo, csv or parquet"
             )
         name = found
-    if name == "clicks":
-        raise DataError(
-            "data.format=clicks generates a click log and reads no file; leave out "
-            f"{key}, or write the file's format"
-        )
     if name == "csv":
         form: TextFormat = csv_format(firsts[0][0], options, files[0].path)
     elif name == "criteo":

@@ -11,7 +11,9 @@ Positive = Annotated[int, Meta(ge=1)]
 Natural = Annotated[int, Meta(ge=0)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
-Format = Literal["auto", "clicks", "libsvm", "dummy", "libffm", "criteo", "csv", "parquet"]
+Format = Literal[
+    "auto", "clicks", "sklearn", "libsvm", "dummy", "libffm", "criteo", "csv", "parquet"
+]
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class SparseDataOptions:
 
     Attributes:
       format: "auto" looks at the first lines of the file; "clicks" is the generated click log,
-        which needs no file. `docs/reference/sparse_data.md` shows a line of each.
+        which needs no file; "sklearn" is a data set that scikit-learn carries, whose name is
+        `path`: breast_cancer, diabetes, digits, iris or wine. The rest are files.
       path: the training file, or a glob of files, plain or gzip-compressed.
       eval_path: the same for evaluation; None evaluates nothing.
       rows: ids are 0 … rows−1. Required where ids are hashed onto a table; None takes any id up
