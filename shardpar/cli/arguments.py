@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from shardpar.config.load import load
-from shardpar.config.schema import RunConfig
+from shardpar.config.load import load, load_any
+from shardpar.config.schema import AnyConfig, RunConfig
 from shardpar.errors import SpecError
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.text import cluster_from_text
@@ -55,10 +55,24 @@ def read_config(
     Raises:
       ConfigError: naming file, line and key.
     """
+    path, given = _split(arguments, flags)
+    return load(path, given), Path(path).stem if path else "demo"
+
+
+def read_any_config(
+    arguments: Sequence[str] | None, flags: dict[str, str | None]
+) -> tuple[AnyConfig, str]:
+    """As `read_config`, for models that are planned and for those that train tables."""
+    path, given = _split(arguments, flags)
+    return load_any(path, given), Path(path).stem if path else "demo"
+
+
+def _split(
+    arguments: Sequence[str] | None, flags: dict[str, str | None]
+) -> tuple[str | None, list[str]]:
     given = list(arguments or ())
     path = given.pop(0) if given and "=" not in given[0] else None
-    given += [f"{key}={value}" for key, value in flags.items() if value is not None]
-    return load(path, given), Path(path).stem if path else "demo"
+    return path, given + [f"{key}={value}" for key, value in flags.items() if value is not None]
 
 
 def read_cluster(path: str) -> Cluster:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
-from shardpar.cli.arguments import ConfigAndOverrides, Devices, Json, PlanFile, read_config
+from shardpar.cli.arguments import ConfigAndOverrides, Devices, Json, PlanFile, read_any_config
 from shardpar.cli.later import later
+from shardpar.config.schema import SparseConfig
 from shardpar.errors import UserError
 from shardpar.run.rendezvous import find
 from shardpar.run.supervised import STANDBY, wait_for_turn
@@ -82,6 +83,8 @@ def train(
 
         shardpar train configs/gpt.gin --run-dir runs/gpt --supervise
 
+        shardpar train configs/deepfm.gin data.path=train.ffm data.eval_path=test.ffm
+
         shardpar train configs/gpt.gin --coordinator node1:1234 --processes 2 --process 0
     """
     if STANDBY in os.environ:
@@ -104,6 +107,11 @@ def train(
                 f"--resume {resume} goes on with the config of that run; drop {config[0]}, or "
                 f"write: shardpar train {config[0]} --run-dir {resume}"
             )
+        tables = later("sparse_training").stored(resume, config or ())
+        if tables is not None:
+            _refuse_for_tables(supervise, where is not None, plan)
+            later("sparse_training").train(tables, resume, devices, json=json, dry_run=dry_run)
+            return
         if supervise:
             stored, name = later("supervising").stored_config(resume, config or ())
             code = later("supervising").supervise(
@@ -115,7 +123,11 @@ def train(
             resume, config, devices=devices, where=where, plan=plan, json=json, dry_run=dry_run
         )
         return
-    loaded, name = read_config(config, {"plan.file": plan, "train.run_dir": run_dir})
+    loaded, name = read_any_config(config, {"plan.file": plan, "train.run_dir": run_dir})
+    if isinstance(loaded, SparseConfig):
+        _refuse_for_tables(supervise, where is not None, plan)
+        later("sparse_training").train(loaded, name, devices, json=json, dry_run=dry_run)
+        return
     if supervise:
         code = later("supervising").supervise(
             config or (), loaded, name, resume=None, flags=_flags(devices, plan, json),
@@ -123,6 +135,19 @@ def train(
         )  # fmt: skip
         raise typer.Exit(code)
     later("training").train(loaded, name, devices=devices, where=where, json=json, dry_run=dry_run)
+
+
+def _refuse_for_tables(supervise: bool, several: bool, plan: str | None) -> None:
+    """Tables train in one process here, on all of its devices."""
+    if supervise:
+        raise UserError("--supervise is for models with a plan; run a model with tables without it")
+    if several:
+        raise UserError(
+            "a model with tables trains in one process, on all of its devices; start it without a "
+            "launcher"
+        )
+    if plan is not None:
+        raise UserError("a model with tables has no plan; write table.placement=rows or columns")
 
 
 def _flags(devices: int | None, plan: str | None, json: bool) -> list[str]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from datetime import datetime
 from importlib.metadata import version
 from json import dumps
@@ -30,6 +29,7 @@ from shardpar.cli.planning import (
     use_devices,
 )
 from shardpar.cli.sampling import TOKENIZER, read_tokenizer
+from shardpar.cli.signals import Signals, caught_signals
 from shardpar.cli.tables import console, describe, print_json
 from shardpar.config.load import load
 from shardpar.config.model_source import find_model
@@ -168,7 +168,7 @@ def _begin(
         path = Path(peers.decide("run directory", lambda: str(_fresh(name))))
     directory = RunDirectory(path)
     config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
-    with _signals() as signals, Progress(quiet=not peers.is_first) as progress:
+    with caught_signals() as signals, Progress(quiet=not peers.is_first) as progress:
         _train(config, name, directory, machines, peers, progress, signals, json=json)
 
 
@@ -213,7 +213,7 @@ def _train(
     machines: Cluster,
     peers: Peers,
     progress: Progress,
-    signals: _Signals,
+    signals: Signals,
     *,
     json: bool,
 ) -> None:
@@ -554,37 +554,3 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
     # The same text may lie elsewhere; the position in the data proves that it is the same.
     del values["data.path"]
     return values
-
-
-@dataclass
-class _Signals:
-    """What signals have asked for, and whom SIGUSR1 asks for another plan."""
-
-    asked: list[int] = field(default_factory=list)
-    on_replan: Callable[[], None] = lambda: None
-
-    def should_stop(self) -> bool:
-        """Whether to save and stop."""
-        return bool(self.asked)
-
-
-@contextmanager
-def _signals() -> Iterator[_Signals]:
-    """SIGTERM and the first Ctrl-C ask the loop to save and stop; a second Ctrl-C interrupts."""
-    signals = _Signals()
-
-    def ask(number: int, _: Any) -> None:
-        if number == signal.SIGUSR1:
-            signals.on_replan()
-            return
-        if signals.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        signals.asked.append(number)
-
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from pathlib import Path
 
 from shardpar.errors import ConfigError
+
+_TRAINS = re.compile(r"^TRAINS = ", re.MULTILINE)
 
 
 def bundled_root() -> Path:
@@ -35,8 +38,14 @@ def bundled_models() -> dict[str, Path]:
     >>> bundled_models()["gpt"].name
     'gpt.py'
     """
-    files = sorted((bundled_root() / "models").glob("*.py"))
-    return {file.stem: file for file in files if not file.stem.startswith("_")}
+    package = Path(__file__).resolve().parents[1]
+    over_tables = [
+        file
+        for file in (package / "ps" / "algorithms").glob("*.py")
+        if _TRAINS.search(file.read_text())
+    ]
+    files = [*(bundled_root() / "models").glob("*.py"), *over_tables]
+    return {f.stem: f for f in sorted(files, key=lambda f: f.stem) if not f.stem.startswith("_")}
 
 
 def bundled_configs() -> tuple[str, ...]:

@@ -18,13 +18,21 @@ from shardpar.config.files import read_config_file
 from shardpar.config.keys import nearest
 from shardpar.config.model_source import ModelOptions, find_model, read_model_options
 from shardpar.config.rules import check
-from shardpar.config.schema import ModelConfig, RunConfig, field_hints, section_classes
+from shardpar.config.schema import (
+    CONFIGS,
+    AnyConfig,
+    ModelConfig,
+    RunConfig,
+    field_hints,
+    section_classes,
+)
 from shardpar.config.values import Plain, convert, show, takes_bare_text
 from shardpar.config.yaml_file import parse_value
 from shardpar.errors import ConfigError
 
 _NAME = re.compile(r"(?P<section>[^\W\d]\w*)\.(?P<key>[^\W\d]\w*)")
-_PATHS = ("data.path", "plan.file", "plan.cluster", "train.plan_schedule")
+_PATHS = ("data.path", "data.eval_path", "plan.file", "plan.cluster", "train.plan_schedule")
+_PATTERNS = ("data.path", "data.eval_path")
 
 Hints = Mapping[str, Mapping[str, Any]]
 
@@ -56,7 +64,7 @@ def load(
     *,
     find_files: bool = True,
 ) -> RunConfig:
-    """Reads a config and checks it, without importing jax or flax.
+    """Reads the config of a model that is planned, and checks it, without importing jax or flax.
 
     Args:
       path: a .gin, .yaml or .yml file, or the name of a bundled one; None is the demo.
@@ -76,22 +84,44 @@ def load(
     >>> config.train.steps, config.model.get("layers"), config.plan.file
     (50, 6, None)
     """
+    config = load_any(path, overrides, find_files=find_files)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"{path or 'the config'}: model.source={config.model.source} trains tables and has no "
+            "plan; `shardpar train` takes it, this does not"
+        )
+    return config
+
+
+def load_any(
+    path: str | os.PathLike[str] | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    find_files: bool = True,
+) -> AnyConfig:
+    """As `load`, whatever the model is trained by: its file says which sections there are.
+
+    >>> load_any("configs/fm.gin", ["table.learning_rate=0.1"]).table.learning_rate
+    0.1
+    """
     file = str(demo_config()) if path is None else os.fspath(path)
     document = read_config_file(file)
     findings = _Findings(problems=list(document.problems))
     raw = list(_split(overrides, findings))
     source, options = _model(file, [*document.bindings, *raw], findings)
+    kind = CONFIGS[options.trains if options else "plan"]
+    sections = section_classes(kind)
     hints: dict[str, Mapping[str, Any]] = {
         "model": {"source": str, **(options.hints if options else {})},
-        **{name: field_hints(cls) for name, cls in section_classes().items()},
+        **{name: field_hints(cls) for name, cls in sections.items()},
     }
     bindings = {b.name: b for b in (*document.bindings, *_parse(raw, hints, findings))}
     _judge(bindings.values(), hints, options is not None, findings)
     if find_files:
         _find_files(findings)
-    config = RunConfig(
+    config = kind(
         model=ModelConfig(source, _model_values(file, options, findings) if options else ()),
-        **{name: cls(**findings.values.get(name, {})) for name, cls in section_classes().items()},
+        **{name: cls(**findings.values.get(name, {})) for name, cls in sections.items()},
     )
     for conflict in check(config):
         if findings.bad.isdisjoint(conflict.keys):
@@ -229,7 +259,9 @@ def _find_files(findings: _Findings) -> None:
         written = findings.values.get(section, {}).get(key)
         if written is not None:
             place = findings.places[name]
-            folder, patterns = _folder(place), name == "data.path"
+            folder, patterns = _folder(place), name in _PATTERNS
+            if findings.values.get("data", {}).get("format") == "sklearn" and patterns:
+                continue
             try:
                 found = (
                     tuple(find_data(one, folder) for one in written)

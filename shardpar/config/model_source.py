@@ -26,7 +26,7 @@ import msgspec
 from shardpar.config.bindings import Place, config_error, cut
 from shardpar.config.bundled import bundled_models, find_file
 from shardpar.config.options_tree import LiftedOptions, ModelFileError, lift_options
-from shardpar.config.schema import ModelConfig
+from shardpar.config.schema import CONFIGS, ModelConfig
 from shardpar.config.values import Plain, convert, freeze
 from shardpar.errors import ConfigError
 
@@ -42,12 +42,14 @@ class ModelOptions:
       cls: the options dataclass, made without importing the rest of the file.
       hints: the type of each option, in the model's order.
       defaults: of the options that have one.
+      trains: how such a model is trained: what the file's constant TRAINS says, or "plan".
     """
 
     path: str
     cls: type
     hints: dict[str, Any]
     defaults: dict[str, Plain]
+    trains: str = "plan"
 
 
 def find_model(source: str, folder: str | None = None) -> Path:
@@ -106,7 +108,9 @@ def read_model_options(path: Path) -> ModelOptions:
     """
     line: int | None = None
     try:
-        lifted = lift_options(ast.parse(path.read_bytes(), str(path)))
+        tree = ast.parse(path.read_bytes(), str(path))
+        lifted = lift_options(tree)
+        trains = _trains(tree)
         line = lifted.line
         cls, hints = _run(lifted, path)
     except OSError as error:
@@ -120,7 +124,26 @@ def read_model_options(path: Path) -> ModelOptions:
     # Whatever else goes wrong does so in the file's own statements.
     except (Exception, SystemExit) as error:
         raise _failed(path, line, error) from error
-    return _checked(path, lifted, cls, hints)
+    return dataclasses.replace(_checked(path, lifted, cls, hints), trains=trains)
+
+
+def _trains(tree: ast.Module) -> str:
+    """What the constant TRAINS says.
+
+    Raises:
+      ModelFileError: something that there is no trainer for.
+    """
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign) and any(
+            isinstance(target, ast.Name) and target.id == "TRAINS" for target in statement.targets
+        ):
+            value = getattr(statement.value, "value", None)
+            if value not in CONFIGS:
+                raise ModelFileError(
+                    f"TRAINS must be one of {', '.join(map(repr, CONFIGS))}", statement.lineno
+                )
+            return str(value)
+    return "plan"
 
 
 def load_model_source(path: str | Path) -> types.ModuleType:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shardpar.config.schema import RunConfig
+from shardpar.config.schema import AnyConfig, RunConfig, SparseConfig
 
 _BYTE_VOCABULARY = 256
 _PINS = (
@@ -33,7 +33,7 @@ class Conflict:
     text: str
 
 
-def check(config: RunConfig) -> tuple[Conflict, ...]:
+def check(config: AnyConfig) -> tuple[Conflict, ...]:
     """Every contradiction in a config whose values are each possible.
 
     Args:
@@ -49,8 +49,32 @@ def check(config: RunConfig) -> tuple[Conflict, ...]:
     >>> check(RunConfig(data=DataOptions(source="text")))[0].text
     "data.source is 'text' but data.path is not set; write data.path=file.txt"
     """
+    if isinstance(config, SparseConfig):
+        return tuple(_table_rules(config))
     rules = (_data_rules, _model_rules, _schedule_rules, _train_rules, _plan_rules)
     return tuple(conflict for rule in rules for conflict in rule(config))
+
+
+def _table_rules(config: SparseConfig) -> Iterator[Conflict]:
+    data, rows = config.data, config.model.get("rows")
+    if isinstance(rows, int) and data.rows is not None and data.rows > rows:
+        yield Conflict(
+            ("data.rows", "model.rows"),
+            f"data.rows ({data.rows}) is more than model.rows ({rows}), so ids would be outside "
+            f"the table; write model.rows={data.rows}, or leave data.rows out",
+        )
+    if data.path is None and data.format not in ("clicks", "sklearn"):
+        yield Conflict(
+            ("data.path", "data.format"),
+            "data.path is not set; write data.path=FILE, or data.format=clicks for a generated "
+            "click log",
+        )
+    if data.format == "clicks" and data.path is not None:
+        yield Conflict(
+            ("data.path", "data.format"),
+            "data.path is set but data.format is 'clicks', which is generated; write "
+            "data.format=auto, or the format of the file",
+        )
 
 
 def _data_rules(config: RunConfig) -> Iterator[Conflict]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from shardpar.config.schema import RunConfig
+from shardpar.config.schema import AnyConfig
 from shardpar.config.yaml_file import Dumper
 
 _HEADER = """\
@@ -17,7 +17,7 @@ _HEADER = """\
 """
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: AnyConfig) -> str:
     """The whole config as YAML.
 
     Args:
@@ -38,7 +38,7 @@ def to_yaml(config: RunConfig) -> str:
     return "\n".join(parts)
 
 
-def to_gin(config: RunConfig) -> str:
+def to_gin(config: AnyConfig) -> str:
     """The whole config as gin.
 
     Args:
@@ -56,7 +56,7 @@ def to_gin(config: RunConfig) -> str:
     return "\n".join(parts)
 
 
-def _sections(config: RunConfig) -> Iterator[tuple[str, dict[str, Any]]]:
+def _sections(config: AnyConfig) -> Iterator[tuple[str, dict[str, Any]]]:
     for field in fields(config):
         section = getattr(config, field.name)
         if field.name == "model":

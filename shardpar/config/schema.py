@@ -8,6 +8,8 @@ from typing import Any, get_type_hints
 from shardpar.config.values import Plain
 from shardpar.lowering.options import ProgramOptions
 from shardpar.planner.options import ReplanOptions, SearchOptions, StragglerOptions
+from shardpar.ps.data.options import SparseDataOptions
+from shardpar.ps.options import DenseOptions, SparseTrainOptions, TableOptions
 from shardpar.run.options import CheckpointOptions, SuperviseOptions
 from shardpar.train.options import DataOptions, OptimizerOptions, TrainOptions
 
@@ -53,13 +55,33 @@ class RunConfig:
     supervise: SuperviseOptions = field(default_factory=SuperviseOptions)
 
 
-def section_classes() -> dict[str, type]:
+@dataclass(frozen=True)
+class SparseConfig:
+    """All of a run that trains tables: what a model file with TRAINS = "tables" is for."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig("linear"))
+    data: SparseDataOptions = field(default_factory=SparseDataOptions)
+    table: TableOptions = field(default_factory=TableOptions)
+    optimizer: DenseOptions = field(default_factory=DenseOptions)
+    train: SparseTrainOptions = field(default_factory=SparseTrainOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+
+AnyConfig = RunConfig | SparseConfig
+
+CONFIGS: dict[str, type[AnyConfig]] = {"plan": RunConfig, "tables": SparseConfig}
+"""By what a model file says it TRAINS; one that says nothing is planned."""
+
+
+def section_classes(config: type[AnyConfig] = RunConfig) -> dict[str, type]:
     """The dataclass of each section but `model`, whose keys are the model file's to name.
 
     >>> sorted(section_classes())[:4]
     ['checkpoint', 'data', 'optimizer', 'plan']
+    >>> "table" in section_classes(SparseConfig)
+    True
     """
-    return {name: cls for name, cls in get_type_hints(RunConfig).items() if name != "model"}
+    return {name: cls for name, cls in get_type_hints(config).items() if name != "model"}
 
 
 def field_hints(cls: type) -> dict[str, Any]:

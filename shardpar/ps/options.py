@@ -1,4 +1,4 @@
-"""What a user may ask of training tables; apart from the code, so that reading a config is quick."""
+"""What a user may ask of training tables; kept apart so that reading a config is quick."""
 
 from __future__ import annotations
 

@@ -140,8 +140,7 @@ class Savings:
             rest=tree["rest"],
             optimizer=tree["optimizer"],
             tables={
-                name: restored(placed, tables[name])
-                for name, placed in self.program.tables.items()
+                name: restored(placed, tables[name]) for name, placed in self.program.tables.items()
             },
             step=tree["step"],
         )

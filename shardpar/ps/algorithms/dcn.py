@@ -58,7 +58,7 @@ class DCN(nnx.Module):
 
     def __init__(self, options: DCNOptions, rngs: nnx.Rngs):
         self.options = options
-        self.table = ps.Embed(
+        self.features = ps.Embed(
             options.rows, options.factors, init=ps.Normal(options.init_std), rngs=rngs
         )
         width = options.fields * options.factors + options.dense
@@ -70,7 +70,7 @@ class DCN(nnx.Module):
     def __call__(self, batch):
         """Scores [batch]."""
         require_fields(self.options.fields, batch["ids"].shape[1])
-        rows = self.table(batch["ids"], batch["values"])
+        rows = self.features(batch["ids"], batch["values"])
         first = rows.reshape(rows.shape[0], -1)
         if self.options.dense:
             first = jnp.concatenate([first, batch["dense"]], axis=1)

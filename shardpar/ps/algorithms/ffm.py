@@ -36,13 +36,13 @@ class FFM(nnx.Module):
         self.options = options
         width = options.fields * options.factors
         begin = ps.Columns(((ps.Zeros(), 1), (ps.Normal(options.init_std), width)))
-        self.table = ps.Embed(options.rows, 1 + width, init=begin, rngs=rngs)
+        self.features = ps.Embed(options.rows, 1 + width, init=begin, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros(()))
 
     def __call__(self, batch):
         """Scores [batch]; the batch has the field of each feature."""
         fields, factors = self.options.fields, self.options.factors
-        scaled = self.table(batch["ids"], batch["values"])
+        scaled = self.features(batch["ids"], batch["values"])
         samples, slots = batch["ids"].shape
         towards = scaled[..., 1:].reshape(samples, slots, fields, factors)
         # sums[a, b]: what features of field a hold towards field b.

@@ -34,12 +34,12 @@ class FM(nnx.Module):
     def __init__(self, options: FMOptions, rngs: nnx.Rngs):
         begin = ps.Columns(((ps.Zeros(), 1), (ps.Normal(options.init_std), options.factors)))
         # One row holds both, since both are looked up together.
-        self.table = ps.Embed(options.rows, 1 + options.factors, init=begin, rngs=rngs)
+        self.features = ps.Embed(options.rows, 1 + options.factors, init=begin, rngs=rngs)
         self.bias = nnx.Param(jnp.zeros(()))
 
     def __call__(self, batch):
         """Scores [batch]."""
-        scaled = self.table(batch["ids"], batch["values"])
+        scaled = self.features(batch["ids"], batch["values"])
         return self.bias[...] + first_and_second_order(scaled)
 
 

@@ -39,7 +39,7 @@ class WideDeep(nnx.Module):
     def __init__(self, options: WideDeepOptions, rngs: nnx.Rngs):
         self.options = options
         begin = ps.Columns(((ps.Zeros(), 1), (ps.Normal(options.init_std), options.factors)))
-        self.table = ps.Embed(options.rows, 1 + options.factors, init=begin, rngs=rngs)
+        self.features = ps.Embed(options.rows, 1 + options.factors, init=begin, rngs=rngs)
         width = options.fields * options.factors + options.dense
         self.network = Perceptron(width, options.hidden, options.dropout, rngs)
         self.bias = nnx.Param(jnp.zeros(()))
@@ -47,7 +47,7 @@ class WideDeep(nnx.Module):
     def __call__(self, batch):
         """Scores [batch]."""
         require_fields(self.options.fields, batch["ids"].shape[1])
-        scaled = self.table(batch["ids"], batch["values"])
+        scaled = self.features(batch["ids"], batch["values"])
         flat = scaled[..., 1:].reshape(scaled.shape[0], -1)
         if self.options.dense:
             flat = jnp.concatenate([flat, batch["dense"]], axis=1)
