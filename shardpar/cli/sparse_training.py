@@ -192,7 +192,7 @@ def _task(config: SparseConfig, sample: dict[str, np.ndarray]) -> _Task:
 
 
 def _tables(init: Callable[[Any], Any]) -> dict[str, Table]:
-    model = abstract_model(init)
+    model = abstract_model(init, may_be_empty=True)
     return {name: layer.table for name, layer in tables_of(model.merge(model.params, model.rest))}
 
 

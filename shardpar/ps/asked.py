@@ -90,22 +90,7 @@ def recorded(
     for layer in layers:
         layer.lender = recorder
     run(model, batch)
-    for _, ids in recorder.asked:
-        if isinstance(ids, jax.core.Tracer) and not _usable(ids):
-            raise CaptureError(
-                "an Embed layer is called inside a loop or a branch of the program (scan, cond, "
-                "while, vmap), where its ids cannot be seen from outside; call it before and "
-                "hand its output in"
-            )
     return recorder.asked
-
-
-def _usable(ids: jax.Array) -> bool:
-    try:
-        _ = ids + 0
-    except jax.errors.UnexpectedTracerError:
-        return False
-    return True
 
 
 @jax.tree_util.register_dataclass

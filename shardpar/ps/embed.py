@@ -14,8 +14,10 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import get_opaque_trace_state
 from typing_extensions import override
 
+from shardpar.errors import CaptureError
 from shardpar.ps.initializers import Initializer, Normal
 from shardpar.ps.optimizers import AdaGrad, RowOptimizer
 from shardpar.ps.table import Table
@@ -108,13 +110,26 @@ class Embed(nnx.Module):
 
 @dataclass
 class Recorder(Lender):
-    """Lends zeros, and writes down who asked for which ids."""
+    """Lends zeros, and writes down who asked for which ids.
+
+    Attributes:
+      asked: (which layer, ids) of each lookup.
+      layers: in order.
+      trace: what is being traced when it is made; lookups in an inner trace are refused.
+    """
 
     asked: list[tuple[int, jax.Array]] = field(default_factory=list)
     layers: list[Embed] = field(default_factory=list)
+    trace: Any = field(default_factory=lambda: get_opaque_trace_state(convention="nnx"))
 
     @override
     def lookup(self, layer: Embed, ids: jax.Array) -> jax.Array:
+        if get_opaque_trace_state(convention="nnx") != self.trace:
+            raise CaptureError(
+                "an Embed layer is called inside a part of the program that is traced by itself "
+                "(scan, cond, while, vmap, jit, remat), so its ids cannot be seen from outside; "
+                "call it before, and hand its output in"
+            )
         self.asked.append((self.layers.index(layer), ids))
         return jnp.zeros((*ids.shape, layer.table.dim), jnp.float32)
 
