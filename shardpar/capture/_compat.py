@@ -200,3 +200,8 @@ def coordination_client() -> Any:
     jax has no public way to its key-value store.
     """
     return distributed.global_state.client
+
+
+def trace_state() -> Any:
+    """What is being traced now; equal only within one and the same trace."""
+    return core.get_opaque_trace_state(convention="nnx")

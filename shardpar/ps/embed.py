@@ -14,9 +14,9 @@ from typing import Any, Literal, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.extend.core import get_opaque_trace_state
 from typing_extensions import override
 
+from shardpar.capture._compat import trace_state
 from shardpar.errors import CaptureError
 from shardpar.ps.initializers import Initializer, Normal
 from shardpar.ps.optimizers import AdaGrad, RowOptimizer
@@ -120,11 +120,11 @@ class Recorder(Lender):
 
     asked: list[tuple[int, jax.Array]] = field(default_factory=list)
     layers: list[Embed] = field(default_factory=list)
-    trace: Any = field(default_factory=lambda: get_opaque_trace_state(convention="nnx"))
+    trace: Any = field(default_factory=trace_state)
 
     @override
     def lookup(self, layer: Embed, ids: jax.Array) -> jax.Array:
-        if get_opaque_trace_state(convention="nnx") != self.trace:
+        if trace_state() != self.trace:
             raise CaptureError(
                 "an Embed layer is called inside a part of the program that is traced by itself "
                 "(scan, cond, while, vmap, jit, remat), so its ids cannot be seen from outside; "
