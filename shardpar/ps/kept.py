@@ -18,7 +18,7 @@ def kept(placed: PlacedTable, state: TableState) -> dict[str, np.ndarray]:
     """A table as arrays of a checkpoint: "rows", "slot0", ..., "step"."""
     pieces = placed.whole(state)
     named = {"rows": pieces[0]} | {f"slot{i}": slot for i, slot in enumerate(pieces[1:])}
-    return named | {"step": np.asarray(state.step)}
+    return named | {"step": np.asarray(state.step), "key": np.asarray(state.key)}
 
 
 def restored(placed: PlacedTable, arrays: Mapping[str, np.ndarray]) -> TableState:
@@ -37,7 +37,9 @@ def restored(placed: PlacedTable, arrays: Mapping[str, np.ndarray]) -> TableStat
                 f"the checkpoint has {name} of shape {there}, but the table needs "
                 f"{(placed.table.rows, width)}; use the config that the checkpoint was made with"
             )
-    return placed.placed([arrays[name] for name in names], int(arrays["step"]))
+    return placed.placed(
+        [arrays[name] for name in names], int(arrays["step"]), np.asarray(arrays["key"])
+    )
 
 
 @dataclass
@@ -61,7 +63,8 @@ class Touched:
         ids = np.flatnonzero(self.rows).astype(np.int32)
         pieces = placed.pieces_of(state, ids)
         named = {"rows": pieces[0]} | {f"slot{i}": slot for i, slot in enumerate(pieces[1:])}
-        return {"ids": ids, "step": np.asarray(state.step)} | named
+        told = {"ids": ids, "step": np.asarray(state.step), "key": np.asarray(state.key)}
+        return told | named
 
 
 def with_delta(
@@ -76,8 +79,8 @@ def with_delta(
     """
     out = {name: np.array(array) for name, array in arrays.items()}
     for name, array in out.items():
-        if name == "step":
-            out[name] = np.asarray(delta["step"])
+        if name in ("step", "key"):
+            out[name] = np.asarray(delta.get(name, array))
         else:
             array[delta["ids"]] = delta[name]
     return out

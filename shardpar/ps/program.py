@@ -9,12 +9,13 @@ samples and divided once by the global weight, so the result does not depend on 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
@@ -32,6 +33,7 @@ from shardpar.ps.asked import (
     lend,
     recorded,
 )
+from shardpar.ps.dedup import rounded_size
 from shardpar.ps.embed import Embed, tables_of
 from shardpar.ps.exchange import COLUMNS, ROWS, Exchange
 from shardpar.ps.placement import Placement
@@ -200,6 +202,45 @@ class SparseProgram:
             for name, placed in self.tables.items()
         }
         return SparseState(dense, rest, optimizer, tables, jax.device_put(jnp.int32(0), whole))
+
+    def renew(self, state: SparseState, name: str, rows: np.ndarray) -> SparseState:
+        """Lets rows of a table begin anew, as `init` made them; for rows that changed hands.
+
+        Args:
+          state: donated; use the one that is returned.
+          name: path of the table's layer.
+          rows: int[n], no row twice.
+
+        Raises:
+          DataError: a row is not in the table.
+        """
+        placed = self.tables[name]
+        places = np.full(rounded_size(rows.size), placed.stored_rows, np.int32)
+        places[: rows.size] = placed.stored_places(rows)
+        ids = np.zeros(places.size, np.int32)
+        ids[: rows.size] = rows
+        table = self._renew(name)(state.tables[name], places, ids)
+        return replace(state, tables={**state.tables, name: table})
+
+    def _renew(self, name: str) -> Callable[..., TableState]:
+        placed = self.tables[name]
+
+        def begin(state: TableState, places: jax.Array, ids: jax.Array) -> TableState:
+            fresh = placed.table.init(jax.random.wrap_key_data(state.key), ids, placed.table.dim)
+            firsts = [first for _, first in placed.table.optimizer.slots(placed.table.dim)]
+            return replace(
+                state,
+                rows=state.rows.at[places].set(fresh, mode="drop", unique_indices=True),
+                slots=tuple(
+                    slot.at[places].set(first, mode="drop")
+                    for slot, first in zip(state.slots, firsts, strict=True)
+                ),
+            )
+
+        kept = self._programs
+        if ("renew", name) not in kept:
+            kept["renew", name] = jax.jit(begin, donate_argnums=0, out_shardings=placed.shardings)
+        return kept["renew", name]
 
     def step(
         self, state: SparseState, batch: Mapping[str, Any]
@@ -393,7 +434,7 @@ class SparseProgram:
             jnp.where(fine, asked, -1), gradient, rounds, old.pieces, old.scratch, take
         )
         step = jnp.where(fine, old.step + 1, old.step)
-        return TableState(pieces[0], pieces[1:], step, scratch)
+        return TableState(pieces[0], pieces[1:], step, scratch, old.key)
 
     def _exchange(self, name: str, requests: int) -> Exchange:
         placed = self.tables[name]

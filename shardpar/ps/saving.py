@@ -177,7 +177,11 @@ class Savings:
         tables = {}
         for name, placed in self.program.tables.items():
             count = rows(_Named(name, placed))
-            tables[name] = {"rows": shape(count, placed.table.dim), "step": shape(dtype=np.int32)}
+            tables[name] = {
+                "rows": shape(count, placed.table.dim),
+                "step": shape(dtype=np.int32),
+                "key": shape(2, dtype=np.uint32),
+            }
             for index, (width, _) in enumerate(placed.table.optimizer.slots(placed.table.dim)):
                 tables[name][f"slot{index}"] = shape(count, width)
             if ids:

@@ -70,12 +70,14 @@ class TableState:
       slots: float32[stored, width] each, as the optimizer says.
       step: int32, how many updates there were.
       scratch: int32[stored], of no meaning between steps, and not in checkpoints.
+      key: data of the jax.random key that rows begin from.
     """
 
     rows: jax.Array
     slots: tuple[jax.Array, ...]
     step: jax.Array
     scratch: jax.Array
+    key: jax.Array
 
     @property
     def pieces(self) -> tuple[jax.Array, ...]:
@@ -139,6 +141,7 @@ class PlacedTable:
             slots=tuple(whole for _ in self.table.optimizer.slots(self.table.dim)),
             step=grid_sharding(self.mesh, (), 0),
             scratch=self.sharding(split_columns=False),
+            key=grid_sharding(self.mesh, (), 0),
         )
 
     def init(self, key: jax.Array) -> TableState:
@@ -151,7 +154,8 @@ class PlacedTable:
                 jnp.full((ids.shape[0], width), value, jnp.float32)
                 for width, value in self.table.optimizer.slots(self.table.dim)
             )
-            return TableState(rows, slots, jnp.int32(0), jnp.zeros(ids.shape[0], jnp.int32))
+            scratch = jnp.zeros(ids.shape[0], jnp.int32)
+            return TableState(rows, slots, jnp.int32(0), scratch, jax.random.key_data(key))
 
         return jax.jit(begin, out_shardings=self.shardings)(key)
 
@@ -193,7 +197,9 @@ class PlacedTable:
         places = self.stored_places(np.arange(self.table.rows))
         return tuple(np.asarray(piece)[places] for piece in state.pieces)
 
-    def placed(self, pieces: Sequence[np.ndarray], step: int) -> TableState:
+    def placed(
+        self, pieces: Sequence[np.ndarray], step: int, key: np.ndarray | None = None
+    ) -> TableState:
         """The state whose rows and slots, in the order of ids, are given: `whole`'s inverse."""
         ids = self.stored_ids()
         kept = [np.where(ids[:, None] >= 0, piece[np.maximum(ids, 0)], 0) for piece in pieces]
@@ -202,6 +208,7 @@ class PlacedTable:
             slots=tuple(kept[1:]),
             step=np.int32(step),
             scratch=np.zeros(ids.shape[0], np.int32),
+            key=jax.random.key_data(jax.random.key(0)) if key is None else key,
         )
         return jax.device_put(state, self.shardings)
 

@@ -233,6 +233,24 @@ def test_a_batch_that_devices_cannot_share_is_refused() -> None:
         )  # fmt: skip
 
 
+def test_renewed_rows_begin_as_they_began() -> None:
+    program = ps.SparseProgram(
+        squared, lambda rngs: Bag(ps.AdaGrad(), rngs), optax.sgd(0.1), batch=batch(0),
+        devices=jax.devices()[:2],
+    )  # fmt: skip
+    state = program.init(seed=5)
+    first = [np.array(x) for x in program.tables["embed"].whole(state.tables["embed"])]
+    state, _ = program.step(state, batch(0))
+    moved = program.tables["embed"].whole(state.tables["embed"])
+    gone = np.flatnonzero((moved[0] != first[0]).any(1))[:3]
+    state = program.renew(state, "embed", gone)
+    after = program.tables["embed"].whole(state.tables["embed"])
+    for now, then, between in zip(after, first, moved, strict=True):
+        expected = np.array(between)
+        expected[gone] = then[gone]
+        np.testing.assert_array_equal(now, expected)
+
+
 class Shared(nnx.Module):
     """One table for two arrays of the batch."""
 
