@@ -31,6 +31,11 @@ _EXITS = re.compile(r"#\s*exits with (\d+)\s*$")
 _HEREDOC = re.compile(r"cat > (\S+) <<'EOF'")
 
 
+def environment() -> dict[str, str]:
+    """Of a reader, whose programs are compiled as they are outside of tests."""
+    return {k: v for k, v in os.environ.items() if k != "JAX_DISABLE_MOST_OPTIMIZATIONS"}
+
+
 @dataclass(frozen=True)
 class Block:
     """A fenced block: its language, its text, its first line, and the comment right above it."""
@@ -171,7 +176,7 @@ class Reader:
             [sys.executable, *arguments],
             cwd=self.folder,
             env={
-                **os.environ, "COLUMNS": "120", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1",
+                **environment(), "COLUMNS": "120", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1",
                 **variables,
             },
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", timeout=600,
