@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -139,16 +140,19 @@ def test_a_position_of_other_data_is_refused_and_changes_nothing(libffm_file):
 
 
 def damage(options, *numbers):
-    lines = open(options.path).read().split("\n")
+    path = Path(options.path)
+    lines = path.read_text().split("\n")
     for number in numbers:
         lines[number - 1] = lines[number - 1].replace("7:0.5", "7:x")
-    open(options.path, "w").write("\n".join(lines))
+    path.write_text("\n".join(lines))
 
 
 def test_the_first_bad_line_stops_by_default(libffm_file):
     options = libffm_file(100)
     damage(options, 41)
-    with pytest.raises(DataError, match=r"some.ffm:41: the value of id 7 must be a number, got 'x'"):
+    with pytest.raises(
+        DataError, match=r"some.ffm:41: the value of id 7 must be a number, got 'x'"
+    ):
         run(options, 10)
 
 

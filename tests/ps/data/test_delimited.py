@@ -170,4 +170,8 @@ def test_without_a_header_columns_are_numbered():
     form = csv_format(b"1;2.5;x", options, "some.csv")
     assert form.header is None
     batch = form.parse([b"1;2.5;x"]).batch
-    assert (batch.labels[0], batch.dense[0, 0], batch.ids[0, 0]) == (1, 2.5, hash_text(b"x", 0, ROWS))
+    assert (batch.labels[0], batch.dense[0, 0], batch.ids[0, 0]) == (
+        1,
+        2.5,
+        hash_text(b"x", 0, ROWS),
+    )

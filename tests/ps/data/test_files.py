@@ -21,9 +21,7 @@ LINES = [b"1 1:%d %s" % (n, b"x" * (n % 50)) for n in range(500)]
 def lines_of(path):
     found = find_files(str(path))
     units = units_of(found)
-    blocks = [
-        block for unit in units for block in line_blocks(found[unit.file], unit, 0)
-    ]
+    blocks = [block for unit in units for block in line_blocks(found[unit.file], unit, 0)]
     return units, blocks
 
 
@@ -109,7 +107,7 @@ def test_a_damaged_gzip_file_is_told(tmp_path):
     whole[len(whole) // 2] ^= 0xFF
     path = tmp_path / "flipped.svm.gz"
     path.write_bytes(whole)
-    with pytest.raises(DataError, match="flipped.svm.gz: .*(damaged|data.bad_share)"):
+    with pytest.raises(DataError, match=r"flipped.svm.gz: .*(damaged|data.bad_share)"):
         list(eval_batches(open_data(SparseDataOptions(path=str(path), slots=1)),
                           SparseDataOptions(), 64))  # fmt: skip
 
