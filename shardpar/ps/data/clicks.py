@@ -49,7 +49,7 @@ class ClickLog:
     >>> log = ClickLog(samples=1000)
     >>> batch = log.batch(0, 4)
     >>> batch.ids.shape, batch.labels.tolist(), batch.ids[0, :3].tolist()
-    ((4, 39), [0.0, 0.0, 0.0, 0.0], [647190, 37403, 852588])
+    ((4, 39), [0.0, 0.0, 1.0, 0.0], [647190, 37403, 852588])
     """
 
     samples: int

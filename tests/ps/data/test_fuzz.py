@@ -80,7 +80,7 @@ def test_the_files_to_be_damaged_are_right(path, form):
 
 
 SETTINGS = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -102,7 +102,7 @@ def test_random_pieces_of_the_formats(path, pieces, form):
     reads(path, b"1 " + b"".join(pieces), form, 1.0)
 
 
-@settings(SETTINGS, max_examples=100)
+@settings(SETTINGS, max_examples=60)
 @given(st.data())
 def test_good_files_with_a_few_bytes_changed(path, data):
     name = data.draw(st.sampled_from(sorted(SEEDS)))

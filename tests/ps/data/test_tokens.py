@@ -38,7 +38,7 @@ def test_lines_with_control_characters_are_pointed_out():
     assert set(tokens.strange.tolist()) == {1, 3}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(allow_nan=False), min_size=1, max_size=20), st.sampled_from("gre"))
 def test_floats_are_bit_for_bit_those_of_python(values, how):
     words = [(repr(v) if how == "r" else f"{v:.10{how}}").encode() for v in values]
@@ -75,7 +75,7 @@ def test_not_a_number_and_infinity_are_read_as_such():
     assert found[1:].tolist() == [-math.inf, math.inf]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 10**18 - 1), min_size=1, max_size=20))
 def test_whole_numbers_of_up_to_eighteen_digits_are_exact(values):
     text, tokens = cut([" ".join(map(str, values)).encode()])
