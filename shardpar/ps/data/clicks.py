@@ -27,8 +27,8 @@ EVAL_FROM = 1 << 40
 
 _U = np.uint64
 _PARTS = 1 << 13
-_FACTORS = 4
-PAIR_LEVEL = 7
+_FACTORS = 2
+_PAIR_LEVEL = 7
 # Log-odds are integers in units of 2⁻¹⁶; factors are in units of 2⁻⁸, so that their products
 # are in the same unit.
 _UNIT = 2.0**-16
@@ -49,14 +49,14 @@ class ClickLog:
     >>> log = ClickLog(samples=1000)
     >>> batch = log.batch(0, 4)
     >>> batch.ids.shape, batch.labels.tolist(), batch.ids[0, :3].tolist()
-    ((4, 39), [0.0, 0.0, 0.0, 0.0], [647190, 37403, 852588])
+    ((4, 39), [0.0, 0.0, 1.0, 0.0], [647190, 37403, 852588])
     """
 
     samples: int
     seed: int = 0
     first: int = 0
-    linear: float = 1.0
-    pairwise: float = 1.6
+    linear: float = 1.4
+    pairwise: float = 2.0
     bias: float = -1.0
 
     def batch(self, start: int, stop: int) -> SparseBatch:
@@ -75,6 +75,11 @@ class ClickLog:
         """All samples in their order; the last batch may be short."""
         for start in range(0, self.samples, size):
             yield self.batch(start, min(start + size, self.samples))
+
+    @cached_property
+    def paired_fields(self) -> np.ndarray:
+        """Which fields take part in pairs: those with few ids, so that they can be learned."""
+        return np.flatnonzero(self._levels <= _PAIR_LEVEL)
 
     def _drawn(self, places: np.ndarray) -> tuple[SparseBatch, np.ndarray]:
         parts = [
@@ -97,7 +102,7 @@ class ClickLog:
         ranks = (_U(1) << level) + (bits & ((_U(1) << level) - _U(1)))
         ids = hash_integers(ranks, np.arange(FIELDS), ROWS)
         score = self._weights[ids].sum(axis=1, dtype=np.int64)
-        paired = ids[:, self._levels <= PAIR_LEVEL]
+        paired = ids[:, self.paired_fields]
         for factor, means in zip(self._factors, self._means, strict=True):
             chosen = factor[paired] - means
             total = chosen.sum(axis=1, dtype=np.int64)
@@ -121,23 +126,23 @@ class ClickLog:
     @cached_property
     def _means(self) -> list[np.ndarray]:
         """Of each factor over each paired field; without them, pairs have no linear part."""
-        fields = np.flatnonzero(self._levels <= PAIR_LEVEL)
+        fields = self.paired_fields
         means = np.zeros((_FACTORS, fields.size), np.int32)
         for place, field in enumerate(fields):
             levels = int(self._levels[field])
             ids = hash_integers(np.arange(1, 1 << levels), field, ROWS)
             # Ranks of one level are equally likely, and so are the levels.
-            levelled = np.floor(np.log2(np.arange(1, 1 << levels))).astype(np.int64)
-            shares = np.int64(1) << (PAIR_LEVEL - levelled)
+            levelled = np.frexp(np.arange(1, 1 << levels))[1].astype(np.int64) - 1
+            shares = np.int64(1) << (_PAIR_LEVEL - levelled)
             for factor in range(_FACTORS):
                 total = int((self._factors[factor][ids].astype(np.int64) * shares).sum())
-                means[factor, place] = total // (levels << PAIR_LEVEL)
+                means[factor, place] = total // (levels << _PAIR_LEVEL)
         return list(means)
 
     @cached_property
     def _factors(self) -> np.ndarray:
         # The sum over pairs of FIELDS vectors has the variance pairs · factors · scale⁴.
-        fields = int((self._levels <= PAIR_LEVEL).sum())
+        fields = self.paired_fields.size
         pairs = fields * (fields - 1) / 2
         scale = np.sqrt(self.pairwise / np.sqrt(pairs * _FACTORS)) * 2.0**8
         noise = [_noise(self.seed, 1 + factor, scale) for factor in range(_FACTORS)]
@@ -148,8 +153,6 @@ def _noise(seed: int, stream: int, scale: float) -> np.ndarray:
     """For each id an integer, spread about 0 nearly as a normal one: Irwin and Hall's sum of 4."""
     salt = mix(np.array([seed + 1], _U))[0]
     bits = mix(mix(np.arange(ROWS).astype(_U) ^ salt) ^ _U(stream + 1))
-    quarters = bits.view("<u2").reshape(-1, 4) if np.little_endian else None
-    assert quarters is not None
-    total = quarters.sum(axis=1, dtype=np.int64) - 2 * 65535
+    total = bits.astype("<u8").view("<u2").reshape(-1, 4).sum(axis=1, dtype=np.int64) - 2 * 65535
     # A uniform number of 16 bits has the variance 65536² / 12.
     return np.rint(total * (scale / (65536 * np.sqrt(4 / 12))))

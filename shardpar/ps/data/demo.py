@@ -36,7 +36,7 @@ def demo_data(name: str, seed: int = 0) -> tuple[SparseBatch, SparseBatch]:
     except ImportError:
         raise DataError(
             f"the demo data {name} comes with scikit-learn, which is not installed; run "
-            "`pip install scikit-learn`, or use data.format=clicks"
+            "`pip install 'shardpar[demo]'`, or use data.format=clicks"
         ) from None
     loaded: Any = getattr(datasets, f"load_{name}")()
     features, labels = np.asarray(loaded.data, np.float64), np.asarray(loaded.target, np.float64)

@@ -207,7 +207,9 @@ def _unpacked_blocks(file: DataFile, offset: int) -> Iterator[tuple[int, bytes]]
             lines += skipped.count(b"\n")
         rest = b""
         while True:
-            more = _read(stream, UNIT_BYTES, file.path, lines)
+            # Reads end at whole units of the file, so that blocks do not depend on the offset.
+            read = done + len(rest)
+            more = _read(stream, UNIT_BYTES - read % UNIT_BYTES, file.path, lines)
             block = rest + more
             cut = block.rfind(b"\n") + 1 if more else len(block)
             if cut:

@@ -99,7 +99,7 @@ def hash_tokens(
     if fields is not None:
         hashes ^= _salts_of(fields)
     hashes = mix(hashes)
-    longest = int(lengths.max(initial=0))
+    longest = int(lengths.max(initial=1))
     for offset in range(0, longest, WORD_BYTES):
         if offset == 0:
             # Texts of no byte take part here with a word of zero; their length tells them apart.

@@ -184,7 +184,8 @@ def _try(file: DataFile, lines: list[bytes], form: TextFormat) -> None:
     bad = form.parse(lines).bad
     if len(bad) < len(lines):
         return
-    _, reason = bad[0]
-    hint = advice(form.name, lines)
-    if hint:
-        raise DataError(f"{file.path} is not {form.name}: {reason}{hint}")
+    number = file.head[: file.head.find(lines[0])].count(b"\n") + 1
+    raise DataError(
+        f"{file.path}:{number}: this line cannot be read as {form.name}, nor can any of the first "
+        f"{len(lines)}: {bad[0][1]}{advice(form.name, lines)}"
+    )

@@ -6,7 +6,6 @@ lines it cannot read; and a plain one for a single line, which reads it or says 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ LARGEST_ID = 2**63 - 1
 SHOWN_BYTES = 60
 
 _WHOLE = re.compile(rb"[0-9]{1,19}")
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 _NUMBER = re.compile(rb"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _NOT_FINITE = re.compile(rb"[+-]?(nan|inf|infinity)", re.IGNORECASE)
 
@@ -238,7 +238,7 @@ def number(text: bytes, what: str) -> float:
     """
     if _NUMBER.fullmatch(text) and len(text) <= 40:
         value = float(text)
-        if math.isfinite(value) and math.isfinite(np.float64(value).astype(np.float32)):
+        if abs(value) <= _FLOAT32_MAX:
             return value
         raise BadLineError(f"{what} {shown(text)} is too large for a 32-bit float")
     if _NOT_FINITE.fullmatch(text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Sequence
 
@@ -27,10 +28,17 @@ def looks_like(lines: Sequence[bytes]) -> str | None:
     for name, pattern in _SHAPES.items():
         if sum(bool(pattern.fullmatch(line)) for line in lines) * 2 > len(lines):
             return name
-    commas = [line.count(b",") for line in lines]
-    if commas and commas[0] and commas.count(commas[0]) * 2 > len(lines):
+    widths = [_cells(line) for line in lines]
+    if widths and widths[0] > 1 and widths.count(widths[0]) * 2 > len(lines):
         return "csv"
     return None
+
+
+def _cells(line: bytes) -> int:
+    try:
+        return len(next(csv.reader([line.decode("latin-1")])))
+    except (csv.Error, StopIteration):
+        return 0
 
 
 def advice(stated: str, lines: Sequence[bytes]) -> str:
