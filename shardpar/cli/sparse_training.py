@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from shardpar.ps.data.open import open_parts
 from shardpar.ps.data.options import SparseDataOptions
 from shardpar.ps.data.source import Source
 from shardpar.ps.embed import tables_of
+from shardpar.ps.ids import IdMap, IdOptions
 from shardpar.ps.loop import SparseOutcome, SparseSurroundings, arrays_of
 from shardpar.ps.loop import train as run_loop
 from shardpar.ps.placement import Placement
@@ -79,7 +81,8 @@ def train(
     with caught_signals() as signals, Progress() as progress, ExitStack() as stack:
         with progress.phase("reading the data"):
             parts = open_parts(data)
-            first = _sample(parts[0], data, config.train.global_batch)
+            mapped = config.table.ids == "mapped"
+            first = _sample(parts[0], data, config.train.global_batch, mapped=mapped)
         with progress.phase("tracing the model"):
             task = _task(config, first)
         for name_, choice in task.choices.items():
@@ -89,10 +92,11 @@ def train(
         directory = RunDirectory(Path(path)) if path else RunDirectory.fresh(name, datetime.now())
         directory.make()
         config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
+        ids = _id_map(config)
         savings = stack.enter_context(
             Savings.open(
                 directory.checkpoints, task.program, config.checkpoint, config.train.full_every,
-                progress.say,
+                progress.say, ids,
             )
         )  # fmt: skip
         metrics = stack.enter_context(
@@ -119,6 +123,7 @@ def train(
                 lambda: _write(texts, directory),
                 signals.should_stop,
                 _total_steps(config, data),
+                ids,
             ),
         )
     _conclude(config, name, directory, outcome, started, json=json)
@@ -199,21 +204,37 @@ def _tables(init: Callable[[Any], Any]) -> dict[str, Table]:
 def _data_options(config: SparseConfig) -> SparseDataOptions:
     """The data's options, with the table's rows as the range of ids."""
     rows = config.model.get("rows")
+    if config.table.ids == "mapped":
+        return config.data
     if config.data.rows is None and isinstance(rows, int):
         return replace(config.data, rows=rows)
     return config.data
 
 
-def _sample(source: Source, data: SparseDataOptions, global_batch: int) -> dict[str, np.ndarray]:
+def _id_map(config: SparseConfig) -> IdMap | None:
+    if config.table.ids == "rows":
+        return None
+    rows = config.model.get("rows")
+    assert isinstance(rows, int)
+    table = config.table
+    return IdMap(rows, IdOptions(table.admit_after, table.evict, table.ttl_steps))
+
+
+def _sample(
+    source: Source, data: SparseDataOptions, global_batch: int, *, mapped: bool
+) -> dict[str, np.ndarray]:
     """The first batches, one after the other: what a batch is like, and which ids are frequent."""
-    found: list[dict[str, np.ndarray]] = []
-    for batch in eval_batches(source, data, global_batch):
-        found.append(arrays_of(batch))
-        if len(found) == _SAMPLED_BATCHES:
-            break
-    if not found:
+    first = list(islice(eval_batches(source, data, global_batch), _SAMPLED_BATCHES))
+    if not first:
         raise DataError("the data has no sample; give it at least one line")
-    return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    ids = np.concatenate([batch.ids for batch in first])
+    if mapped:
+        # Which rows they will get does not matter here, only how often each occurs.
+        ids = np.unique(ids, return_inverse=True)[1].reshape(ids.shape)
+    parts = [
+        arrays_of(batch, rows) for batch, rows in zip(first, np.split(ids, len(first)), strict=True)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _total_steps(config: SparseConfig, data: SparseDataOptions) -> int | None:

@@ -63,6 +63,18 @@ def _table_rules(config: SparseConfig) -> Iterator[Conflict]:
             f"data.rows ({data.rows}) is more than model.rows ({rows}), so ids would be outside "
             f"the table; write model.rows={data.rows}, or leave data.rows out",
         )
+    if config.table.ids == "mapped" and (data.hashed or data.rows is not None):
+        yield Conflict(
+            ("table.ids", "data.hashed", "data.rows"),
+            "table.ids is 'mapped', which takes ids as they are; leave data.hashed and data.rows "
+            "out, or write table.ids=rows",
+        )
+    if config.table.ids == "mapped" and not isinstance(rows, int):
+        yield Conflict(
+            ("table.ids", "model.source"),
+            "table.ids is 'mapped', but the model has no option `rows` to say how many there are; "
+            "write table.ids=rows",
+        )
     if data.path is None and data.format not in ("clicks", "sklearn"):
         yield Conflict(
             ("data.path", "data.format"),

@@ -85,7 +85,6 @@ class IdMap:
         self._used = np.zeros(rows, np.int64)
         self._count = np.zeros(rows, np.int64)
         self._next = 0
-        self._free = np.zeros(0, np.int32)
         self._size = 1 << max(4, int(2 * rows - 1).bit_length())
         self._keys = np.full(self._size, _EMPTY, np.int64)
         self._row_at = np.full(self._size, -1, np.int32)
@@ -95,7 +94,7 @@ class IdMap:
 
     def __len__(self) -> int:
         """How many ids have a row."""
-        return self._next - self._free.size
+        return int((self._id_of != _EMPTY).sum())
 
     def __call__(self, ids: np.ndarray) -> Mapped:
         """Maps a step's ids, and counts them as seen.
@@ -155,9 +154,19 @@ class IdMap:
             "used": self._used,
             "count": self._count,
             "next": np.array([self._next, self.step], np.int64),
-            "free": self._free.astype(np.int32),
         }
         return kept | ({} if self._seen is None else {"seen": self._seen})
+
+    def take_over(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Becomes the map that `arrays` are of, under the options it has.
+
+        Raises:
+          CheckpointError: they are not of a map with as many rows.
+        """
+        there = np.shape(arrays.get("id"))
+        if there != (self.rows,):
+            raise CheckpointError(f"the id map has {there} rows, the table {self.rows}")
+        vars(self).update(vars(IdMap.restored(arrays, self.options)))
 
     @classmethod
     def restored(cls, arrays: Mapping[str, np.ndarray], options: IdOptions = IdOptions()) -> IdMap:
@@ -172,7 +181,6 @@ class IdMap:
             made._used = np.array(arrays["used"], np.int64)
             made._count = np.array(arrays["count"], np.int64)
             made._next, made.step = (int(value) for value in arrays["next"])
-            made._free = np.array(arrays["free"], np.int32)
             if made._seen is not None and "seen" in arrays:
                 made._seen = np.array(arrays["seen"], np.int32)
         except KeyError as missing:
@@ -195,7 +203,9 @@ class IdMap:
         return least >= self.options.admit_after
 
     def _make_room(self, wanted: int) -> np.ndarray:
-        room = self.rows - self._next + self._free.size
+        if not wanted:
+            return np.zeros(0, np.int64)
+        room = int((self._id_of == _EMPTY).sum())
         live = np.flatnonzero(self._id_of != _EMPTY)
         idle = self.step - self._used[live]
         gone = np.zeros(0, np.int64)
@@ -214,7 +224,6 @@ class IdMap:
             return np.zeros(0, np.int64)
         evicted = self._id_of[gone].copy()
         self._id_of[gone] = _EMPTY
-        self._free = np.concatenate([self._free, gone.astype(np.int32)])
         self._keys[:] = _EMPTY
         self._row_at[:] = -1
         rest = np.flatnonzero(self._id_of != _EMPTY)
@@ -223,8 +232,7 @@ class IdMap:
 
     def _take(self, wanted: int) -> np.ndarray:
         """Free rows, at most so many: those given back first."""
-        back = self._free[:wanted]
-        self._free = self._free[back.size :]
+        back = np.flatnonzero(self._id_of[: self._next] == _EMPTY)[:wanted]
         new = np.arange(self._next, min(self.rows, self._next + wanted - back.size))
         self._next += new.size
         return np.concatenate([back, new]).astype(np.int64)

@@ -24,6 +24,7 @@ from shardpar.ps.data.batch import SparseBatch
 from shardpar.ps.data.batches import SparseBatches, eval_batches, train_batches
 from shardpar.ps.data.options import SparseDataOptions
 from shardpar.ps.data.source import Source
+from shardpar.ps.ids import IdMap
 from shardpar.ps.metrics import auc, log_loss
 from shardpar.ps.options import SparseTrainOptions
 from shardpar.ps.program import SparseProgram, SparseState
@@ -67,6 +68,7 @@ class SparseSurroundings:
       begun: called when steps will be done.
       should_stop: asked after every step.
       total_steps: how many there will be, where that is known.
+      ids: maps ids to rows; None where they are rows.
     """
 
     savings: Savings
@@ -76,15 +78,20 @@ class SparseSurroundings:
     begun: Callable[[], None]
     should_stop: Callable[[], bool]
     total_steps: int | None
+    ids: IdMap | None = None
 
 
-def arrays_of(batch: SparseBatch) -> dict[str, np.ndarray]:
+def arrays_of(batch: SparseBatch, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """What a model sees of a batch, by name; slots without a feature have the id -1.
+
+    Args:
+      batch: as it was read.
+      rows: int32[batch, slots], in the place of ids that are mapped.
 
     Raises:
       DataError: an id is beyond int32; give `data.rows`, so that ids are checked or hashed.
     """
-    ids = batch.ids
+    ids = batch.ids if rows is None else rows
     if ids.size and ids.max() > np.iinfo(np.int32).max:
         raise DataError(
             f"id {ids.max()} is beyond the rows of any table; hash ids with data.hashed=true"
@@ -141,19 +148,24 @@ def train(
     around.begun()
     loop = _Loop(program, parts[1], predict, data, options, saving, around)
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        return loop.run(state, step, _ahead(thread, batches, program))
+        return loop.run(state, step, _ahead(thread, batches, program, around.ids))
 
 
 @dataclass(frozen=True)
 class _Ready:
-    arrays: dict[str, Any]
-    wanted: Wanted | None
+    """A batch to come; what is mapped is prepared in its turn only, since rows change hands."""
+
+    batch: SparseBatch
+    prepared: tuple[dict[str, Any], Wanted | None] | None
     samples: float
     position: dict[str, Any]
 
 
 def _ahead(
-    thread: ThreadPoolExecutor, batches: SparseBatches, program: SparseProgram
+    thread: ThreadPoolExecutor,
+    batches: SparseBatches,
+    program: SparseProgram,
+    ids: IdMap | None,
 ) -> Iterator[_Ready]:
     """Batches, the next one being made while one is used."""
 
@@ -161,8 +173,8 @@ def _ahead(
         batch = next(batches, None)
         if batch is None:
             return None
-        arrays, wanted = program.prepared(arrays_of(batch))
-        return _Ready(arrays, wanted, float((batch.weights > 0).sum()), batches.position)
+        prepared = program.prepared(arrays_of(batch)) if ids is None else None
+        return _Ready(batch, prepared, float((batch.weights > 0).sum()), batches.position)
 
     coming = thread.submit(make)
     while (ready := coming.result()) is not None:
@@ -196,8 +208,9 @@ class _Loop:
         for ready in batches:
             if options.steps is not None and step >= options.steps:
                 break
-            state, metrics = self.program.take(state, ready.arrays, ready.wanted)
-            around.savings.mark(ready.wanted)
+            state, arrays, wanted = self._prepared(state, ready)
+            state, metrics = self.program.take(state, arrays, wanted)
+            around.savings.mark(wanted)
             step, position = step + 1, ready.position
             loss = float(metrics["loss"])
             now = time.perf_counter()
@@ -219,6 +232,20 @@ class _Loop:
         if not stopped and evaluated != step:
             scores = self._evaluate(state, step)
         return SparseOutcome(state, step, loss, scores, stopped)
+
+    def _prepared(
+        self, state: SparseState, ready: _Ready
+    ) -> tuple[SparseState, dict[str, Any], Wanted | None]:
+        """A step's arrays; rows that change hands in it begin anew."""
+        if ready.prepared is not None:
+            return state, *ready.prepared
+        assert self.around.ids is not None
+        mapped = self.around.ids(np.where(ready.batch.values == 0, -1, ready.batch.ids))
+        if mapped.fresh_rows.size:
+            for name in self.program.tables:
+                state = self.program.renew(state, name, mapped.fresh_rows)
+            self.around.savings.touch(mapped.fresh_rows)
+        return state, *self.program.prepared(arrays_of(ready.batch, mapped.rows))
 
     def _record(
         self, step: int, loss: float, metrics: Mapping[str, Any], samples: float, took_s: float
@@ -265,7 +292,7 @@ class _Loop:
         total = weight = 0.0
         with self.around.progress.phase("evaluating"):
             for batch in eval_batches(self.evaluation, self.data, self.options.global_batch):
-                arrays = arrays_of(batch)
+                arrays = arrays_of(batch, self._known(batch))
                 there = batch.weights > 0
                 out = np.asarray(self.program.apply(state, arrays, self.predict))
                 cost = self.program.evaluate(state, arrays)
@@ -283,6 +310,14 @@ class _Loop:
         text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         self.around.progress.say(f"step {step}: {text}")
         return scores
+
+    def _known(self, batch: SparseBatch) -> np.ndarray | None:
+        """The rows of a batch's ids, where they are mapped; those without one are zeros."""
+        if self.around.ids is None:
+            return None
+        distinct, inverse = np.unique(batch.ids, return_inverse=True)
+        rows = self.around.ids.find(distinct)[inverse.reshape(-1)].reshape(batch.ids.shape)
+        return rows.astype(np.int32)
 
     def _save(self, step: int, state: SparseState, position: Mapping[str, Any]) -> None:
         files = {**self.around.files, POSITION: json.dumps(position)}

@@ -31,6 +31,12 @@ class TableOptions:
       l2: for ftrl.
       placement: rows dealt over all devices, columns cut over all of them, whole tables on
         every device, or what costs least.
+      ids: "rows": ids are rows of the table. "mapped": any id of 64 bits gets a row when it is
+        seen, and may lose it to another; see `evict`.
+      admit_after: with mapped ids: sightings before an id gets a row.
+      evict: with mapped ids: who gives way when rows run out, the least recently used, the
+        least frequently used, or nobody.
+      ttl_steps: with mapped ids: those not seen for so many steps may go; null keeps them.
       capacity: rows that one device asks of another in one round; null takes twice the mean.
     """
 
@@ -46,6 +52,10 @@ class TableOptions:
     l1: Annotated[float, Meta(ge=0.0)] = 0.0
     l2: Annotated[float, Meta(ge=0.0)] = 0.0
     placement: Literal["auto", "rows", "columns", "replicated"] = "auto"
+    ids: Literal["rows", "mapped"] = "rows"
+    admit_after: Positive = 1
+    evict: Literal["lru", "lfu", "never"] = "lru"
+    ttl_steps: Positive | None = None
     capacity: Positive | None = None
 
 

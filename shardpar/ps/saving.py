@@ -20,6 +20,7 @@ from jax.sharding import SingleDeviceSharding
 
 from shardpar.errors import CheckpointError
 from shardpar.ps.asked import Wanted
+from shardpar.ps.ids import IdMap
 from shardpar.ps.kept import Touched, kept, restored, with_delta
 from shardpar.ps.program import SparseProgram, SparseState
 from shardpar.run.checkpoints import Checkpoints
@@ -52,6 +53,7 @@ class Savings:
     full: Checkpoints
     deltas: Checkpoints | None
     full_every: int
+    ids: IdMap | None = None
     _base: int | None = None
     _since: int = 0
     _touched: dict[str, Touched] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class Savings:
         options: CheckpointOptions,
         full_every: int,
         notify: Callable[[str], None],
+        ids: IdMap | None = None,
     ) -> Savings:
         """Opens a directory of checkpoints, and locks it.
 
@@ -80,7 +83,7 @@ class Savings:
         deltas = None
         if full_every > 1 or (directory / _DELTAS).is_dir():
             deltas = Checkpoints(directory / _DELTAS, CheckpointOptions(keep=1), notify=notify)
-        return cls(program, full, deltas, full_every)
+        return cls(program, full, deltas, full_every, ids)
 
     def mark(self, wanted: Wanted | None) -> None:
         """Remembers the rows that a step touches."""
@@ -89,6 +92,12 @@ class Savings:
         for name, ids in zip(self.program.tables, wanted.ids, strict=True):
             rows = self.program.tables[name].table.rows
             self._touched.setdefault(name, Touched.none(rows)).mark(np.asarray(ids))
+
+    def touch(self, rows: np.ndarray) -> None:
+        """Remembers rows that began anew, in all tables."""
+        if self.full_every > 1:
+            for name, placed in self.program.tables.items():
+                self._touched.setdefault(name, Touched.none(placed.table.rows)).mark(rows)
 
     def save(self, step: int, state: SparseState, files: Mapping[str, str]) -> None:
         """Begins to write; the state may be donated once this returns."""
@@ -107,7 +116,7 @@ class Savings:
         told = {"base": self._base, "rows": {name: len(t["ids"]) for name, t in tables.items()}}
         self.deltas.save(
             step,
-            {**_others(state), "tables": jax.tree.map(_on_host, tables)},
+            {**_others(state), **self._ids(), "tables": jax.tree.map(_on_host, tables)},
             {**files, _DELTA: json.dumps(told)},
         )
         self._since += 1
@@ -135,6 +144,13 @@ class Savings:
                 changed.mark(np.asarray(arrays["ids"]))
                 self._touched[name] = changed
             tree = delta
+        if self.ids is not None:
+            self.ids.take_over(
+                {
+                    name: array if name == "seen" else array.view(np.int64)
+                    for name, array in _numpy(tree["ids"]).items()
+                }
+            )
         state = SparseState(
             dense=tree["dense"],
             rest=tree["rest"],
@@ -166,7 +182,14 @@ class Savings:
         tables = {
             name: kept(placed, state.tables[name]) for name, placed in self.program.tables.items()
         }
-        return {**_others(state), "tables": jax.tree.map(_on_host, tables)}
+        return {**_others(state), **self._ids(), "tables": jax.tree.map(_on_host, tables)}
+
+    def _ids(self) -> dict[str, Any]:
+        """The map of ids, as arrays of 32 bits: jax has no others by default."""
+        if self.ids is None:
+            return {}
+        arrays = {name: array.view(np.int32) for name, array in self.ids.arrays().items()}
+        return {"ids": {name: _on_host(array) for name, array in arrays.items()}}
 
     def _target(self, rows: Callable[[Any], int], *, ids: bool = False) -> dict[str, Any]:
         here = SingleDeviceSharding(_host())
@@ -186,7 +209,12 @@ class Savings:
                 tables[name][f"slot{index}"] = shape(count, width)
             if ids:
                 tables[name]["ids"] = shape(count, dtype=np.int32)
-        return {**_others(self.program.state_shapes), "tables": tables}
+        known = self._ids()
+        target = {
+            name: {key: shape(*x.shape, dtype=np.int32) for key, x in arrays.items()}
+            for name, arrays in known.items()
+        }
+        return {**_others(self.program.state_shapes), **target, "tables": tables}
 
     def close(self) -> None:
         """Waits for the last save and gives the locks back."""

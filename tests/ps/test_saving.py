@@ -13,6 +13,7 @@ from flax import nnx
 
 from shardpar import ps
 from shardpar.errors import CheckpointError
+from shardpar.ps.ids import IdMap, IdOptions
 from shardpar.ps.saving import Savings
 from shardpar.run.options import CheckpointOptions
 
@@ -44,8 +45,14 @@ def program(devices: int) -> ps.SparseProgram:
     )
 
 
-def opened(path: Path, made: ps.SparseProgram, full_every: int, said: list[str]) -> Savings:
-    return Savings.open(path, made, CheckpointOptions(), full_every, said.append)
+def opened(
+    path: Path,
+    made: ps.SparseProgram,
+    full_every: int,
+    said: list[str],
+    ids: IdMap | None = None,
+) -> Savings:
+    return Savings.open(path, made, CheckpointOptions(), full_every, said.append, ids)
 
 
 def everything(made: ps.SparseProgram, state: Any) -> list[np.ndarray]:
@@ -103,6 +110,23 @@ def test_a_flipped_byte_in_a_delta_is_told_and_the_full_one_is_used(tmp_path: Pa
     for ours, theirs in zip(everything(made, found.state), first, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert any("cannot be read" in line for line in said)
+
+
+def test_the_map_of_ids_is_kept_with_the_rows(tmp_path: Path) -> None:
+    made, ids, said = program(1), IdMap(ROWS, IdOptions(admit_after=2)), []
+    wide = np.random.default_rng(0).integers(0, 2**62, 60)
+    for _ in range(3):
+        ids(wide[:40])
+    with opened(tmp_path, made, 1, said, ids) as savings:
+        savings.save(1, made.init(), {})
+    other = IdMap(ROWS, IdOptions(admit_after=2))
+    with opened(tmp_path, made, 1, said, other) as savings:
+        assert savings.latest() is not None
+    assert not said
+    for step in (wide[20:], wide):
+        ours, theirs = ids(step), other(step)
+        np.testing.assert_array_equal(ours.rows, theirs.rows)
+        np.testing.assert_array_equal(ours.evicted_ids, theirs.evicted_ids)
 
 
 def test_another_table_is_refused(tmp_path: Path) -> None:
