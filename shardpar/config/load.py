@@ -24,7 +24,7 @@ from shardpar.config.yaml_file import parse_value
 from shardpar.errors import ConfigError
 
 _NAME = re.compile(r"(?P<section>[^\W\d]\w*)\.(?P<key>[^\W\d]\w*)")
-_PATHS = ("data.path", "plan.file", "plan.cluster", "train.plan_schedule")
+_PATHS = ("data.path", "plan.file", "plan.cluster", "train.plan_schedule", "buckets.plans")
 
 Hints = Mapping[str, Mapping[str, Any]]
 
@@ -232,7 +232,7 @@ def _find_files(findings: _Findings) -> None:
             folder, patterns = _folder(place), name == "data.path"
             try:
                 found = (
-                    tuple(find_data(one, folder) for one in written)
+                    tuple(one if one is None else find_data(one, folder) for one in written)
                     if isinstance(written, tuple)
                     else find_data(written, folder, patterns=patterns)
                 )

@@ -9,7 +9,7 @@ from shardpar.config.values import Plain
 from shardpar.lowering.options import ProgramOptions
 from shardpar.planner.options import ReplanOptions, SearchOptions, StragglerOptions
 from shardpar.run.options import CheckpointOptions, SuperviseOptions
-from shardpar.train.options import DataOptions, OptimizerOptions, TrainOptions
+from shardpar.train.options import BucketOptions, DataOptions, OptimizerOptions, TrainOptions
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataOptions = field(default_factory=DataOptions)
+    buckets: BucketOptions = field(default_factory=BucketOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     program: ProgramOptions = field(default_factory=ProgramOptions)
@@ -57,7 +58,7 @@ def section_classes() -> dict[str, type]:
     """The dataclass of each section but `model`, whose keys are the model file's to name.
 
     >>> sorted(section_classes())[:4]
-    ['checkpoint', 'data', 'optimizer', 'plan']
+    ['buckets', 'checkpoint', 'data', 'optimizer']
     """
     return {name: cls for name, cls in get_type_hints(RunConfig).items() if name != "model"}
 

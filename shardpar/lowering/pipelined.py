@@ -497,6 +497,16 @@ class PipelinedProgram:
             for done in [pool.submit(job) for job in jobs]:
                 done.result()
 
+    def compile_gather(self) -> None:
+        """Compiles what `gather` runs."""
+        self.compile()
+
+    def compile_apply(self) -> None:
+        """Compiles what `add` and `apply` run."""
+        for group in self.groups:
+            _ = (group.add, group.update) if group.is_here else None
+        _ = self._squares
+
     def evaluate(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """(loss sum, weight) of one micro-batch of the first pipeline, in Flax's eval mode."""
         require_batch(batch, self.captured.batch, self.pipeline.microbatch)
