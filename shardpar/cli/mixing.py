@@ -1,8 +1,8 @@
-"""The length buckets of a config: each with the model captured for it and a plan of its own."""
+"""What a config says of mixed lengths: buckets with a plan each, and rows of each pipeline."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,11 +10,17 @@ from shardpar.capture.trace import Captured
 from shardpar.cli.planning import Planned, capture, make_plan
 from shardpar.config.schema import RunConfig
 from shardpar.errors import PlanError
+from shardpar.lowering.lower import AnyProgram
+from shardpar.planner.setting import Workload
+from shardpar.planner.speeds import pipeline_speeds
 from shardpar.run.directory import RunDirectory
 from shardpar.spec.cluster import Cluster
+from shardpar.spec.plan import Plan
 from shardpar.spec.text import plan_from_text, plan_to_text
 from shardpar.train import compile as compilation
 from shardpar.train.buckets import Bucket
+from shardpar.train.dispatching import Dispatched
+from shardpar.train.stepping import Start
 
 Decide = Callable[[str, Callable[[], Any]], Any]
 
@@ -108,7 +114,7 @@ def planned_buckets(
 
 def _kept(
     directory: RunDirectory | None, length: int, here: RunConfig, machines: Cluster
-) -> Any | None:
+) -> Plan | None:
     """The plan that the bucket has had so far, if it is for this batch and these machines."""
     path = directory.path / bucket_file(length) if directory else None
     if path is None or not path.is_file():
@@ -116,3 +122,42 @@ def _kept(
     plan = compilation.read_plan(path)
     same = plan.global_batch == here.train.global_batch and plan.cluster == machines.name
     return plan if same else None
+
+
+class RowsOfPipelines:
+    """The model captured for the rows of each pipeline, where steps are dispatched."""
+
+    def __init__(self, config: RunConfig, captured: Captured) -> None:
+        """Captures nothing yet.
+
+        Args:
+          config: its section `dispatch`.
+          captured: the model for rows of `data.sequence_length`.
+        """
+        self._config = config
+        self._found = {config.data.sequence_length: captured}
+
+    def captured(self, plan: Plan) -> tuple[Captured, ...]:
+        """Of each pipeline; empty where rows have one length, or not as many as pipelines."""
+        lengths = self._config.dispatch.row_tokens
+        if len(lengths) != len(plan.pipelines):
+            return ()
+        for length in lengths:
+            if length not in self._found:
+                self._found[length] = capture(self._config, row_tokens=length)
+        return tuple(self._found[length] for length in lengths)
+
+    def stepping(self, machines: Cluster, work: Workload) -> Start:
+        """What dispatches the steps of a run on these machines."""
+        config = self._config
+
+        def start(program: AnyProgram, lost: Collection[int]) -> Dispatched:
+            pipelines = len(program.plan.pipelines)
+            lengths = config.dispatch.row_tokens or (config.data.sequence_length,) * pipelines
+            graphs = [c.graph for c in self.captured(program.plan)] or [
+                program.captured.graph
+            ] * pipelines
+            speeds = pipeline_speeds(program.plan, graphs, lengths, machines, work)
+            return Dispatched(program, speeds, config.dispatch.gap, lost)
+
+        return start

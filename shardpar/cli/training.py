@@ -21,7 +21,7 @@ import jax
 from shardpar.capture.trace import Captured
 from shardpar.cli.arguments import read_cluster, read_config
 from shardpar.cli.ending import ending
-from shardpar.cli.mixing import PlannedBucket, planned_buckets
+from shardpar.cli.mixing import PlannedBucket, RowsOfPipelines, planned_buckets
 from shardpar.cli.planning import (
     Planned,
     capture,
@@ -245,14 +245,18 @@ def _train(
     with progress.phase("planning each bucket") if config.buckets.lengths else nullcontext():
         buckets = tuple(planned_buckets(config, captured, machines, directory, peers.decide))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    programs = Programs(captured, optimizer, config.program)
+    rows = RowsOfPipelines(config, captured)
+    programs = Programs(captured, optimizer, config.program, of_pipelines=rows.captured)
     for plan in schedule:
         # What cannot be lowered is refused now, not when its turn comes.
         programs.program(plan)
     stepping: Start = OneLength
+    mixed = bool(buckets) or config.data.dispatch
     if buckets:
         stepping = partial(InBuckets, programs, [bucket.bucket for bucket in buckets])
-        stepping(programs.program(planned.plan), ())
+    elif config.data.dispatch:
+        stepping = rows.stepping(machines, planned.work)
+    stepping(programs.program(planned.plan), ())
     texts = _texts(config, planned, data, buckets)
     peers.agree("plan, config, data or code", _digest(texts, planned.plan, data))
     with ExitStack() as stack:
@@ -295,7 +299,7 @@ def _train(
                 texts,
                 lambda: _write_all(texts, directory) if peers.is_first else None,
                 signals.should_stop,
-                None if buckets else _peak_flops(config, planned),
+                None if mixed else _peak_flops(config, planned),
                 peers,
                 PlanChanges(schedule, config.train.switch_every, requests).at,
                 lambda plan: _write_all({PLAN: plan_to_text(plan)}, directory),

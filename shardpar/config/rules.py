@@ -75,6 +75,19 @@ def _data_rules(config: RunConfig) -> Iterator[Conflict]:
             "data.dispatch packs the documents of each step itself, so data.packing, which packs "
             "them beforehand, cannot be on as well; leave one of the two out",
         )
+    longest = max(config.dispatch.row_tokens, default=data.sequence_length)
+    if config.dispatch.row_tokens and not data.dispatch:
+        yield Conflict(
+            ("dispatch.row_tokens", "data.dispatch"),
+            "dispatch.row_tokens is set and data.dispatch is false; write data.dispatch=true",
+        )
+    elif longest != data.sequence_length:
+        yield Conflict(
+            ("dispatch.row_tokens", "data.sequence_length"),
+            f"the longest of dispatch.row_tokens is {longest}, and documents have up to "
+            f"data.sequence_length={data.sequence_length} tokens; write "
+            f"data.sequence_length={longest}, or rows of {data.sequence_length} for one pipeline",
+        )
 
 
 def _bucket_rules(config: RunConfig) -> Iterator[Conflict]:

@@ -9,7 +9,13 @@ from shardpar.config.values import Plain
 from shardpar.lowering.options import ProgramOptions
 from shardpar.planner.options import ReplanOptions, SearchOptions, StragglerOptions
 from shardpar.run.options import CheckpointOptions, SuperviseOptions
-from shardpar.train.options import BucketOptions, DataOptions, OptimizerOptions, TrainOptions
+from shardpar.train.options import (
+    BucketOptions,
+    DataOptions,
+    DispatchOptions,
+    OptimizerOptions,
+    TrainOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataOptions = field(default_factory=DataOptions)
     buckets: BucketOptions = field(default_factory=BucketOptions)
+    dispatch: DispatchOptions = field(default_factory=DispatchOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     program: ProgramOptions = field(default_factory=ProgramOptions)

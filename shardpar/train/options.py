@@ -43,6 +43,20 @@ class DataOptions:
 
 
 @dataclass(frozen=True)
+class DispatchOptions:
+    """Section `dispatch` of a config: how `data.dispatch` shares a step out.
+
+    Attributes:
+      row_tokens: of a row of each pipeline, which takes no longer documents; empty takes
+        `data.sequence_length` for all.
+      gap: by which share a step may be above the best assignment.
+    """
+
+    row_tokens: tuple[Positive, ...] = ()
+    gap: Annotated[float, Meta(ge=0.0)] = 0.01
+
+
+@dataclass(frozen=True)
 class BucketOptions:
     """Section `buckets` of a config.
 
