@@ -44,6 +44,7 @@ def changed(**changes: object) -> RunConfig:
         {"data__eval_fraction": 0.0},
         {"buckets__lengths": (16, 128), "buckets__plans": (None, "p.yaml")},
         {"data__dispatch": True},
+        {"data__dispatch": True, "dispatch__row_tokens": (128, 32)},
     ],
 )
 def test_what_can_be_meant_passes(changes):
@@ -76,6 +77,8 @@ def test_what_can_be_meant_passes(changes):
         ({"buckets__lengths": (128,), "data__packing": True}, "data.packing"),
         ({"buckets__lengths": (128,), "data__dispatch": True}, "data.dispatch"),
         ({"data__dispatch": True, "data__packing": True}, "data.packing"),
+        ({"dispatch__row_tokens": (128,)}, "dispatch.row_tokens"),
+        ({"data__dispatch": True, "dispatch__row_tokens": (64, 32)}, "dispatch.row_tokens"),
     ],
 )
 def test_what_cannot_be_meant_names_the_likeliest_culprit(changes, culprit):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 
 import jax
@@ -23,6 +24,9 @@ from shardpar.train.dispatching import Dispatched
 from shardpar.train.documents import Documents
 from shardpar.train.packing import empty_rows
 
+LONG_ONLY = pytest.mark.skipif(
+    "SHARDPAR_LONG" not in os.environ, reason="half a minute; set SHARDPAR_LONG=1"
+)
 LONG, SHORT = 24, 8
 OPTIONS = gpt.GPTOptions(vocab_size=16, layers=2, width=16, heads=2, max_length=LONG, mlp_ratio=1)
 # The second step has nothing for the pipeline of short rows, the third is twice as large.
@@ -45,9 +49,9 @@ def stage(device, layers):
 
 
 def unequal(schedule):
-    """Two stages or two times two on devices 0 and 1 beside one on device 2."""
+    """One stage on device 0, or two times two on devices 0 and 1, beside one on device 2."""
     cuts = {
-        "1f1b": ("embed..blocks[0]", "blocks[1]..outside"),
+        "1f1b": ("embed..outside",),
         "interleaved": ("embed", "blocks[0]", "blocks[1]", "head..outside"),
     }[schedule]
     deep = tuple(stage(n % 2, layers) for n, layers in enumerate(cuts))
@@ -75,7 +79,7 @@ def expected():
     return np.array(found)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "interleaved"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("interleaved", marks=LONG_ONLY)])
 def test_losses_are_those_of_one_device_whatever_the_pipelines_get(schedule):
     plan = unequal(schedule)
     program = PipelinedProgram(
