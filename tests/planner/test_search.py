@@ -227,7 +227,7 @@ def test_among_plans_of_one_stage_the_formula_decides():
 )
 def test_the_plan_for_a_gpt_is_the_best_of_all_chains(devices, hosts, memory, work, options):
     cluster = cluster_of(devices // hosts, hosts, memory)
-    result = search(gpt(), cluster, work, options)
+    result = search(gpt(), cluster, work, replace(options, interleave=False))
     assert_is_consistent(result, gpt(), cluster, work, options)
     best_s = fastest_by_chains(gpt(), cluster, work, options)
     assert result.cost.step_s == pytest.approx(best_s, rel=EXACT)
@@ -250,7 +250,7 @@ def test_with_an_epsilon_no_shape_that_was_left_out_is_better_than_the_bound(
     best_s = fastest_by_chains(graph, cluster, work, pins)
     worse = []
     for epsilon in (0.05, 0.2, 0.5):
-        options = replace(pins, epsilon=epsilon)
+        options = replace(pins, epsilon=epsilon, interleave=False)
         result = search(graph, cluster, work, options)
         assert_is_consistent(result, graph, cluster, work, options)
         objective = result.plan.objective
