@@ -58,8 +58,8 @@ from shardpar.spec.schedule import digest, tasks
 from shardpar.spec.text import plan_from_text, plan_to_text
 from shardpar.train import compile as compilation
 from shardpar.train.changes import PlanChanges, read_schedule
-from shardpar.train.data import TextData, load_text
-from shardpar.train.loop import PLAN, Surroundings, require_vocabulary
+from shardpar.train.data import TextData, load_text, require_vocabulary
+from shardpar.train.loop import PLAN, Surroundings
 from shardpar.train.loop import train as run_loop
 from shardpar.train.optimizer import make_optimizer
 from shardpar.train.requests import Machines, Requests, Task

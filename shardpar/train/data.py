@@ -156,6 +156,19 @@ def load_text(
     return TextData(corpus.name, corpus.files, tokenizer, *parts)
 
 
+def require_vocabulary(model_vocab: int | None, data: TextData) -> None:
+    """Refuses a model that has no row for some token of the data.
+
+    Raises:
+      DataError: naming both sizes.
+    """
+    if model_vocab is not None and data.tokenizer.vocab_size > model_vocab:
+        raise DataError(
+            f"model.vocab_size is {model_vocab}, but the {data.tokenizer.name} tokenizer has "
+            f"{data.tokenizer.vocab_size} tokens; use model.vocab_size={data.tokenizer.vocab_size}"
+        )
+
+
 class Batches:
     """An endless iterator over batches that can say where it is and go on from there.
 

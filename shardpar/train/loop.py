@@ -12,12 +12,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
-from shardpar.errors import DataError, PlanError, RunError
+from shardpar.errors import PlanError, RunError
 from shardpar.lowering.devices import peak_bytes_in_use
 from shardpar.lowering.lower import AnyProgram
 from shardpar.lowering.state import TrainState
@@ -256,7 +257,7 @@ class _Loop:
                 loss, skip = self._record(pending, clock)
                 skipped += skip
             pending = _Pending(step, metrics, batch["sample"], self.stepping.tokens(batch))
-            decided = self._decide(step, last_saved, last_saved_s)
+            decided = self._decide(step, last_saved, last_saved_s, pending.tokens)
             stopped = decided["stop"]
             evaluate = self._evaluation_due(step)
             if evaluate or decided["save"] or "plan" in decided or decided["probe"]:
@@ -283,7 +284,13 @@ class _Loop:
             around.checkpoints.wait()
         return Outcome(self.program, state, step, loss, eval_loss, stopped, skipped)
 
-    def _decide(self, step: int, last_saved: int, last_saved_s: float) -> dict[str, Any]:
+    def _decide(
+        self,
+        step: int,
+        last_saved: int,
+        last_saved_s: float,
+        tokens: Mapping[str, float] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """What is to be done after so many steps: the same in every process."""
         around, steps = self.around, self.options.steps
 
@@ -304,6 +311,7 @@ class _Loop:
             due_ = around.speeds is not None and around.speeds.is_due(time.monotonic())
             probe = sorted(around.devices()) if due_ else []
             decided: dict[str, Any] = {"stop": stop, "save": save, "probe": probe}
+            decided["tokens"] = dict(tokens)
             if not stop and step < steps:
                 change = around.wanted_plan(step, self.program.plan)
                 if change is not None:
@@ -314,6 +322,12 @@ class _Loop:
         # The first process may still be compiling what its first step needs.
         wait_s = max(2 * stuck_s, ANSWER_S) if stuck_s else _LONGEST_S
         decided = around.peers.decide("next step", choose, wait_s)
+        if decided["tokens"] != dict(tokens):
+            raise RunError(
+                f"step {step} was shared out otherwise here than in the first process "
+                f"({dict(tokens)}, there {decided['tokens']}); use the same data and the same "
+                "versions of shardpar, numpy and scipy in all processes"
+            )
         return decided  # type: ignore[no-any-return]
 
     def _under(
@@ -478,16 +492,3 @@ class _Pending:
 
 def _ids(samples: np.ndarray) -> str:
     return ",".join(str(int(s)) for s in samples)
-
-
-def require_vocabulary(model_vocab: int | None, data: TextData) -> None:
-    """Refuses a model that has no row for some token of the data.
-
-    Raises:
-      DataError: naming both sizes.
-    """
-    if model_vocab is not None and data.tokenizer.vocab_size > model_vocab:
-        raise DataError(
-            f"model.vocab_size is {model_vocab}, but the {data.tokenizer.name} tokenizer has "
-            f"{data.tokenizer.vocab_size} tokens; use model.vocab_size={data.tokenizer.vocab_size}"
-        )

@@ -152,4 +152,5 @@ class InBuckets:
     def waiting_for(self) -> str:
         """What each plan waits for."""
         programs = dict.fromkeys([*self.workers, self.bucketed.owner])
-        return ", ".join(filter(None, (program.waiting_for() for program in programs)))
+        words = dict.fromkeys(program.waiting_for() for program in programs)
+        return ", ".join(filter(None, words))
