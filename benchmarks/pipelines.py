@@ -26,7 +26,7 @@ from shardpar.capture.trace import Captured, trace
 from shardpar.lowering.devices import use_virtual_devices
 from shardpar.lowering.pipelined import PipelinedProgram
 from shardpar.lowering.program import Program
-from shardpar.lowering.step_under_way import StepUnderWay
+from shardpar.lowering.shares import shares_of
 from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
 
@@ -66,14 +66,14 @@ def dispatch_ms(devices: int, batch: int = 64) -> float:
     seen = []
     for _ in range(ROUNDS):
         parts = program.homes.split(state)
-        run = StepUnderWay(
-            program, [p.params for p in parts], [p.rest for p in parts], program.place(rows)
+        run = program.begin(
+            [p.params for p in parts], [p.rest for p in parts], shares_of(rows, program.plan)
         )
         jax.block_until_ready(run.weights)
         start = time.perf_counter()
-        for task in program.order:
+        for task in program.order.tasks:
             run.do(task)
-        seen.append((time.perf_counter() - start) / len(program.order))
+        seen.append((time.perf_counter() - start) / len(program.order.tasks))
         jax.block_until_ready(run.gathered)
         state, _ = program.step(state, rows)
     return 1e3 * statistics.median(seen)

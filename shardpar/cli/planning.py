@@ -104,14 +104,25 @@ def use_devices(devices: int | None, where: Rendezvous | None = None) -> Peers:
 
 
 def capture(
-    config: RunConfig, notify: Callable[[str], None] = lambda _: None, device: Any = None
+    config: RunConfig,
+    notify: Callable[[str], None] = lambda _: None,
+    device: Any = None,
+    row_tokens: int | None = None,
 ) -> Captured:
-    """Captures a config's model for its batch; `device` as in `capture.trace`."""
+    """Captures a config's model for its batch.
+
+    Args:
+      config: whose model, batch and kind of samples it is.
+      notify: as in `capture.trace`.
+      device: as there.
+      row_tokens: of a row; None takes `data.sequence_length`.
+    """
     module = load_model_source(find_model(config.model.source))
     options = build_options(module, config.model)
-    arrays = empty_rows(config.train.global_batch, config.data.sequence_length)
-    if not config.data.packing:
-        arrays = {name: arrays[name] for name in ("inputs", "targets")}
+    arrays = empty_rows(config.train.global_batch, row_tokens or config.data.sequence_length)
+    packed = config.data.packing or config.data.dispatch
+    names = ("inputs", "targets", *(("weights",) if config.buckets.lengths else ()))
+    arrays = arrays if packed else {name: arrays[name] for name in names}
     captured = trace(
         module.loss,
         lambda rngs: module.build(options, rngs),
@@ -123,12 +134,19 @@ def capture(
     )
     # Attention may do without positions, if only distances matter to it.
     unread = [name for name in captured.unread if name != "positions"]
-    if config.data.packing and unread:
-        names = " and ".join(f'batch["{name}"]' for name in unread)
+    missing = " and ".join(f'batch["{name}"]' for name in unread)
+    if packed and unread:
+        key = "data.packing" if config.data.packing else "data.dispatch"
         raise ConfigError(
-            f"data.packing is true, but the loss of {config.model.source} does not read {names}: "
+            f"{key} is true, but the loss of {config.model.source} does not read {missing}: "
             "it would take the documents of a row for one; let it read them as models/gpt.py "
-            "does, or write data.packing=false"
+            f"does, or write {key}=false"
+        )
+    if config.buckets.lengths and "weights" in unread:
+        raise ConfigError(
+            f"buckets.lengths is set, but the loss of {config.model.source} does not read "
+            f"{missing}, so padding would count; let it read them as models/gpt.py does, or write "
+            "buckets.lengths=[]"
         )
     return captured
 

@@ -1,4 +1,4 @@
-"""Decides what signals ask of a run: to save and stop, or for another plan."""
+"""What signals ask of a run: to save and stop, or for another plan."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Signals:
 
 
 @contextmanager
-def caught_signals() -> Iterator[Signals]:
+def asked_by_signal() -> Iterator[Signals]:
     """SIGTERM and the first Ctrl-C ask the loop to save and stop; a second Ctrl-C interrupts."""
     signals = Signals()
 

@@ -19,7 +19,7 @@ import numpy as np
 from shardpar.capture.model import abstract_model
 from shardpar.cli.arguments import read_any_config
 from shardpar.cli.planning import use_devices
-from shardpar.cli.signals import caught_signals
+from shardpar.cli.signals import asked_by_signal
 from shardpar.cli.tables import console, print_json
 from shardpar.config.load import load_any
 from shardpar.config.model_source import build_options, find_model, load_model_source
@@ -78,7 +78,7 @@ def train(
     if path is not None and RunDirectory(Path(path)).config_yaml.is_file():
         _require_same_run(config, RunDirectory(Path(path)))
     data = _data_options(config)
-    with caught_signals() as signals, Progress() as progress, ExitStack() as stack:
+    with asked_by_signal() as signals, Progress() as progress, ExitStack() as stack:
         with progress.phase("reading the data"):
             parts = open_parts(data)
             mapped = config.table.ids == "mapped"

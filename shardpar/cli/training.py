@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from importlib.metadata import version
 from json import dumps
 from pathlib import Path
@@ -20,6 +21,7 @@ import jax
 from shardpar.capture.trace import Captured
 from shardpar.cli.arguments import read_cluster, read_config
 from shardpar.cli.ending import ending
+from shardpar.cli.mixing import PlannedBucket, RowsOfPipelines, planned_buckets
 from shardpar.cli.planning import (
     Planned,
     capture,
@@ -29,13 +31,14 @@ from shardpar.cli.planning import (
     use_devices,
 )
 from shardpar.cli.sampling import TOKENIZER, read_tokenizer
-from shardpar.cli.signals import Signals, caught_signals
-from shardpar.cli.tables import console, describe, print_json
+from shardpar.cli.signals import Signals, asked_by_signal
+from shardpar.cli.tables import describe
+from shardpar.cli.telling import conclude, introduce, sample
 from shardpar.config.load import load
 from shardpar.config.model_source import find_model
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import RunConfig
-from shardpar.errors import ConfigError, PlanError, RunError, UserError
+from shardpar.errors import ConfigError, PlanError, RunError
 from shardpar.lowering.devices import local_cluster
 from shardpar.lowering.probe import probe_s, product_flops
 from shardpar.lowering.switch import Programs
@@ -55,12 +58,12 @@ from shardpar.spec.schedule import digest, tasks
 from shardpar.spec.text import plan_from_text, plan_to_text
 from shardpar.train import compile as compilation
 from shardpar.train.changes import PlanChanges, read_schedule
-from shardpar.train.data import TextData, load_text
-from shardpar.train.generate import generate as sample_tokens
-from shardpar.train.loop import PLAN, Outcome, Surroundings, require_vocabulary
+from shardpar.train.data import TextData, load_text, require_vocabulary
+from shardpar.train.loop import PLAN, Surroundings
 from shardpar.train.loop import train as run_loop
 from shardpar.train.optimizer import make_optimizer
 from shardpar.train.requests import Machines, Requests, Task
+from shardpar.train.stepping import InBuckets, OneLength, Start
 from shardpar.train.watch import SpeedWatch
 
 MODEL = "model.py"
@@ -161,14 +164,16 @@ def _begin(
         captured = capture_aloud(config)
         followed = RunDirectory(path) if path else None
         planned = _plan_to_follow(config, captured, followed, machines)
-        if peers.is_first:
-            show_plan(planned)
+        buckets = planned_buckets(config, captured, machines, followed, peers.decide)
+        for shown in (planned, *(bucket.planned for bucket in buckets)):
+            if peers.is_first:
+                show_plan(shown)
         return
     if path is None:
         path = Path(peers.decide("run directory", lambda: str(_fresh(name))))
     directory = RunDirectory(path)
     config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
-    with caught_signals() as signals, Progress(quiet=not peers.is_first) as progress:
+    with asked_by_signal() as signals, Progress(quiet=not peers.is_first) as progress:
         _train(config, name, directory, machines, peers, progress, signals, json=json)
 
 
@@ -222,7 +227,7 @@ def _train(
     started = time.monotonic()
     stored = read_tokenizer(directory) if (directory.path / TOKENIZER).is_file() else None
     with progress.phase("reading the data"):
-        data = load_text(config.data, stored)
+        data = load_text(config.data, stored, bucketed=bool(config.buckets.lengths))
     vocabulary = config.model.get("vocab_size")
     require_vocabulary(vocabulary if isinstance(vocabulary, int) else None, data)
     with progress.phase("capturing the model"):
@@ -237,12 +242,22 @@ def _train(
         raise PlanError(later[0])
     for reason in later:
         progress.say(f"note: left out of train.plan_schedule for now: {reason}")
+    with progress.phase("planning each bucket") if config.buckets.lengths else nullcontext():
+        buckets = tuple(planned_buckets(config, captured, machines, directory, peers.decide))
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    programs = Programs(captured, optimizer, config.program)
+    rows = RowsOfPipelines(config, captured)
+    programs = Programs(captured, optimizer, config.program, of_pipelines=rows.captured)
     for plan in schedule:
         # What cannot be lowered is refused now, not when its turn comes.
         programs.program(plan)
-    texts = _texts(config, planned, data)
+    stepping: Start = OneLength
+    mixed = bool(buckets) or config.data.dispatch
+    if buckets:
+        stepping = partial(InBuckets, programs, [bucket.bucket for bucket in buckets])
+    elif config.data.dispatch:
+        stepping = rows.stepping(machines, planned.work)
+    stepping(programs.program(planned.plan), ())
+    texts = _texts(config, planned, data, buckets)
     peers.agree("plan, config, data or code", _digest(texts, planned.plan, data))
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -270,7 +285,7 @@ def _train(
         )
         stack.callback(requests.close)
         signals.on_replan = requests.ask
-        _introduce(config, planned, data, directory, peers, progress)
+        introduce(config, planned, data, directory, peers, progress, buckets)
         outcome = run_loop(
             programs,
             planned.plan,
@@ -284,16 +299,17 @@ def _train(
                 texts,
                 lambda: _write_all(texts, directory) if peers.is_first else None,
                 signals.should_stop,
-                _peak_flops(config, planned),
+                None if mixed else _peak_flops(config, planned),
                 peers,
                 PlanChanges(schedule, config.train.switch_every, requests).at,
                 lambda plan: _write_all({PLAN: plan_to_text(plan)}, directory),
                 requests.there,
                 _speed_watch(config, machines, peers, requests),
                 supervised is not None,
+                stepping,
             ),
         )
-    text = _sample(config, outcome, data, peers, progress)
+    text = sample(config, outcome, data, peers, progress)
     if outcome.stopped and supervised is not None:
         raise SystemExit(STOPPED)
     if not peers.is_first:
@@ -314,7 +330,7 @@ def _train(
         environment=describe_environment(jax.devices()),
         sample=text,
     )
-    _conclude(outcome, directory, text, started, json=json)
+    conclude(outcome, directory, text, started, json=json)
 
 
 def _planned_together(
@@ -349,7 +365,9 @@ def _digest(texts: Mapping[str, str], plan: Plan, data: TextData) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _texts(config: RunConfig, planned: Planned, data: TextData) -> dict[str, str]:
+def _texts(
+    config: RunConfig, planned: Planned, data: TextData, buckets: Sequence[PlannedBucket]
+) -> dict[str, str]:
     """What is kept beside the run and each of its checkpoints: all that is needed to go on."""
     # Plans are kept too, so the run does not depend on the files they came from.
     if config.plan.file is not None:
@@ -357,8 +375,14 @@ def _texts(config: RunConfig, planned: Planned, data: TextData) -> dict[str, str
     schedule = enumerate(config.train.plan_schedule)
     plans = {f"plan-{n}.yaml": Path(file).read_text() for n, file in schedule}
     config = replace(config, train=replace(config.train, plan_schedule=tuple(plans)))
+    of_buckets = {bucket.file: plan_to_text(bucket.planned.plan) for bucket in buckets}
+    if config.buckets.plans:
+        kept = zip(config.buckets.plans, of_buckets, strict=True)
+        files = tuple(given and file for given, file in kept)
+        config = replace(config, buckets=replace(config.buckets, plans=files))
     return {
         **plans,
+        **of_buckets,
         "config.yaml": to_yaml(config),
         "config.gin": to_gin(config),
         PLAN: plan_to_text(planned.plan),
@@ -412,95 +436,6 @@ def _plan_to_follow(
     return make_plan(config, captured, machines)
 
 
-def _introduce(
-    config: RunConfig,
-    planned: Planned,
-    data: TextData,
-    directory: RunDirectory,
-    peers: Peers,
-    progress: Progress,
-) -> None:
-    pipeline = planned.plan.pipelines[0]
-    stage = pipeline.stages[0]
-    progress.say(
-        f"{planned.captured.graph.model}: {planned.captured.graph.num_parameters:,} parameters; "
-        f"{data.name}: {len(data.train):,} samples of {config.data.sequence_length} tokens, "
-        f"{len(data.evaluation):,} for evaluation"
-    )
-    if peers.count > 1:
-        progress.say(f"{peers.count} processes, which saw the same plan, config, data and code")
-    several = len(planned.plan.pipelines) > 1 or len(pipeline.stages) > 1
-    progress.say(
-        f"{len(planned.plan.devices)} x {planned.cluster.kinds[0].name}: "
-        + (f"stages {planned.plan.in_short}, the first " if several else "")
-        + describe(stage.layers[0], stage.mesh)
-        + (" and others" if len(stage.layers) > 1 else "")
-        + f"; global batch {planned.plan.global_batch} = "
-        + " + ".join(
-            f"{p.num_microbatches} micro-batches of {p.microbatch}" for p in planned.plan.pipelines
-        )
-    )
-    progress.say(f"run directory: {directory.path}")
-
-
-def _sample(
-    config: RunConfig, outcome: Outcome, data: TextData, peers: Peers, progress: Progress
-) -> str | None:
-    if config.train.sample_prompt is None or outcome.stopped:
-        return None
-    program = outcome.program
-    weights = program.together(outcome.state)
-    if not peers.is_first:
-        return None
-    try:
-        with progress.phase("writing a sample"):
-            ids = sample_tokens(
-                program.captured.model,
-                *weights,
-                data.tokenizer.encode(config.train.sample_prompt),
-                tokens=config.train.sample_tokens,
-                window=config.data.sequence_length,
-                seed=config.train.seed,
-            )
-    except UserError as error:
-        progress.say(f"note: no sample: {error}")
-        return None
-    return data.tokenizer.decode(ids)
-
-
-def _conclude(
-    outcome: Outcome, directory: RunDirectory, text: str | None, started: float, *, json: bool
-) -> None:
-    screen = console(stderr=True)
-    if outcome.stopped:
-        screen.print(
-            f"stopped after step {outcome.step} and saved; go on with: "
-            f"shardpar train --resume {directory.path}",
-            highlight=False,
-        )
-        return
-    words = [f"step {outcome.step}"]
-    words += [f"loss {outcome.loss:.4f}"] if outcome.loss is not None else []
-    words += (
-        [f"eval loss {outcome.eval_loss:.4f} nats/token"] if outcome.eval_loss is not None else []
-    )
-    words += [f"{outcome.skipped} updates skipped"] if outcome.skipped else []
-    if outcome.diverged:
-        raise RunError(
-            f"the run diverged: the loss is not finite after {', '.join(words)}; begin again with "
-            f"a lower optimizer.learning_rate or a longer warm-up. Report: {directory.report}"
-        )
-    screen.print(
-        f"done in {clock_time(time.monotonic() - started)}: {', '.join(words)}", highlight=False
-    )
-    if text is not None:
-        if json:
-            print_json({"step": outcome.step, "sample": text})
-        else:
-            print(f"\n{text}\n")  # noqa: T201
-    screen.print(f"report: {directory.report}", highlight=False)
-
-
 def _speed_watch(
     config: RunConfig, machines: Cluster, peers: Peers, requests: Requests
 ) -> SpeedWatch | None:
@@ -547,6 +482,7 @@ def _fixed(config: RunConfig) -> dict[str, Any]:
         "model.source": config.model.source,
         "train.seed": config.train.seed,
         "program.compute_dtype": config.program.compute_dtype,
+        "buckets or none": "buckets" if config.buckets.lengths else "none",
         **{f"model.{key}": value for key, value in config.model.options},
     }
     for section in ("data", "optimizer"):

@@ -31,7 +31,10 @@ from shardpar.config.yaml_file import parse_value
 from shardpar.errors import ConfigError
 
 _NAME = re.compile(r"(?P<section>[^\W\d]\w*)\.(?P<key>[^\W\d]\w*)")
-_PATHS = ("data.path", "data.eval_path", "plan.file", "plan.cluster", "train.plan_schedule")
+_PATHS = (
+    "data.path", "data.eval_path", "plan.file", "plan.cluster", "train.plan_schedule",
+    "buckets.plans",
+)  # fmt: skip
 _PATTERNS = ("data.path", "data.eval_path")
 
 Hints = Mapping[str, Mapping[str, Any]]
@@ -264,7 +267,7 @@ def _find_files(findings: _Findings) -> None:
                 continue
             try:
                 found = (
-                    tuple(find_data(one, folder) for one in written)
+                    tuple(one if one is None else find_data(one, folder) for one in written)
                     if isinstance(written, tuple)
                     else find_data(written, folder, patterns=patterns)
                 )

@@ -51,7 +51,9 @@ def check(config: AnyConfig) -> tuple[Conflict, ...]:
     """
     if isinstance(config, SparseConfig):
         return tuple(_table_rules(config))
-    rules = (_data_rules, _model_rules, _schedule_rules, _train_rules, _plan_rules)
+    rules = (
+        _data_rules, _bucket_rules, _model_rules, _schedule_rules, _train_rules, _plan_rules,
+    )  # fmt: skip
     return tuple(conflict for rule in rules for conflict in rule(config))
 
 
@@ -103,6 +105,65 @@ def _data_rules(config: RunConfig) -> Iterator[Conflict]:
             "data.path is set but data.source is 'pydoc', which reads no file; "
             "write data.source=text, jsonl or parquet",
         )
+    if data.dispatch and data.packing:
+        yield Conflict(
+            ("data.packing", "data.dispatch"),
+            "data.dispatch packs the documents of each step itself, so data.packing, which packs "
+            "them beforehand, cannot be on as well; leave one of the two out",
+        )
+    longest = max(config.dispatch.row_tokens, default=data.sequence_length)
+    if config.dispatch.row_tokens and not data.dispatch:
+        yield Conflict(
+            ("dispatch.row_tokens", "data.dispatch"),
+            "dispatch.row_tokens is set and data.dispatch is false; write data.dispatch=true",
+        )
+    elif longest != data.sequence_length:
+        yield Conflict(
+            ("dispatch.row_tokens", "data.sequence_length"),
+            f"the longest of dispatch.row_tokens is {longest}, and documents have up to "
+            f"data.sequence_length={data.sequence_length} tokens; write "
+            f"data.sequence_length={longest}, or rows of {data.sequence_length} for one pipeline",
+        )
+
+
+def _bucket_rules(config: RunConfig) -> Iterator[Conflict]:
+    buckets, data = config.buckets, config.data
+    lengths = list(buckets.lengths)
+    for key in ("plans", "sequences"):
+        given = getattr(buckets, key)
+        if given and len(given) != len(lengths):
+            yield Conflict(
+                (f"buckets.{key}", "buckets.lengths"),
+                f"buckets.{key} has {len(given)} items and buckets.lengths {len(lengths)}; "
+                f"write one for each bucket, or leave buckets.{key} out",
+            )
+    if not lengths:
+        return
+    if sorted(set(lengths)) != lengths:
+        yield Conflict(
+            ("buckets.lengths",),
+            f"buckets.lengths is {lengths}, and lengths must ascend; write {sorted(set(lengths))}",
+        )
+    elif lengths[-1] != data.sequence_length:
+        yield Conflict(
+            ("buckets.lengths", "data.sequence_length"),
+            f"the last of buckets.lengths is {lengths[-1]}, and samples have up to "
+            f"data.sequence_length={data.sequence_length} tokens; write "
+            f"data.sequence_length={lengths[-1]}, or end buckets.lengths with "
+            f"{data.sequence_length}",
+        )
+    clashes = (
+        ("data.packing", data.packing, "packs documents into samples of one length"),
+        ("data.dispatch", data.dispatch, "runs all lengths under one plan"),
+        ("train.plan_schedule", config.train.plan_schedule, "changes the plan between steps"),
+    )
+    for key, value, does in clashes:
+        if value:
+            yield Conflict(
+                (key, "buckets.lengths"),
+                f"{key} {does}, and buckets.lengths gives each length a plan of its own within "
+                "the step; leave one of the two out",
+            )
 
 
 def _model_rules(config: RunConfig) -> Iterator[Conflict]:

@@ -11,7 +11,13 @@ from shardpar.planner.options import ReplanOptions, SearchOptions, StragglerOpti
 from shardpar.ps.data.options import SparseDataOptions
 from shardpar.ps.options import DenseOptions, SparseTrainOptions, TableOptions
 from shardpar.run.options import CheckpointOptions, SuperviseOptions
-from shardpar.train.options import DataOptions, OptimizerOptions, TrainOptions
+from shardpar.train.options import (
+    BucketOptions,
+    DataOptions,
+    DispatchOptions,
+    OptimizerOptions,
+    TrainOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class RunConfig:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataOptions = field(default_factory=DataOptions)
+    buckets: BucketOptions = field(default_factory=BucketOptions)
+    dispatch: DispatchOptions = field(default_factory=DispatchOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     program: ProgramOptions = field(default_factory=ProgramOptions)
@@ -77,7 +85,7 @@ def section_classes(config: type[AnyConfig] = RunConfig) -> dict[str, type]:
     """The dataclass of each section but `model`, whose keys are the model file's to name.
 
     >>> sorted(section_classes())[:4]
-    ['checkpoint', 'data', 'optimizer', 'plan']
+    ['buckets', 'checkpoint', 'data', 'optimizer']
     >>> "table" in section_classes(SparseConfig)
     True
     """

@@ -22,6 +22,7 @@ def lower(
     optimizer: optax.GradientTransformation,
     options: ProgramOptions = ProgramOptions(),
     devices: Sequence[jax.Device] | None = None,
+    of_pipelines: Sequence[Captured] = (),
 ) -> AnyProgram:
     """The program of a plan: `init`, `step`, `evaluate`.
 
@@ -32,10 +33,13 @@ def lower(
         parameter from itself alone.
       options: dtype, loops, clipping.
       devices: the cluster's devices in plan order; None takes `jax.devices()`.
+      of_pipelines: the model captured for the rows of each pipeline, where these are of other
+        lengths than those of `captured`.
 
     Raises:
       PlanError: the plan does not fit the model, the devices or the optimizer.
     """
     several = len(plan.pipelines) > 1 or len(plan.pipelines[0].stages) > 1
-    kind = PipelinedProgram if several else Program
-    return kind(captured, plan, optimizer, options, devices)
+    if several:
+        return PipelinedProgram(captured, plan, optimizer, options, devices, of_pipelines)
+    return Program(captured, plan, optimizer, options, devices)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import jax
@@ -22,27 +23,30 @@ from shardpar.capture.segments import Segments, segments
 from shardpar.capture.trace import Captured
 from shardpar.errors import PlanError
 from shardpar.lowering.device_groups import GroupPrograms
-from shardpar.lowering.elsewhere import absent, first_device, in_order, is_here, placed
-from shardpar.lowering.homes import Home, Homes, Move
+from shardpar.lowering.elsewhere import absent, first_device, is_here, placed
+from shardpar.lowering.evaluating import Evaluation
+from shardpar.lowering.group_sums import GroupSums
+from shardpar.lowering.homes import Homes, Move
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
 from shardpar.lowering.options import ProgramOptions
-from shardpar.lowering.ready import Ready
 from shardpar.lowering.routes import Routes, backwards, routes_of
 from shardpar.lowering.separable import require_separable
+from shardpar.lowering.shares import Order, counts_of, place, shares_of
 from shardpar.lowering.spread import spread
-from shardpar.lowering.stage_programs import Arrays, StagePrograms
+from shardpar.lowering.stage_programs import Arrays
 from shardpar.lowering.stages import StageLayouts
 from shardpar.lowering.state import Gathered, TrainState
 from shardpar.lowering.step_under_way import StepUnderWay
-from shardpar.lowering.transfer import Transfer
 from shardpar.lowering.union import UnionArray
 from shardpar.spec.check import check
 from shardpar.spec.layout import Group, Layout
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan
-from shardpar.spec.reshard import Tensor, fuse
-from shardpar.spec.schedule import Task, tasks
+from shardpar.spec.schedule import Task
 from shardpar.spec.select import strategies
+
+_KEPT_ORDERS = 1024
+"""Orders of tasks kept, each for other numbers of micro-batches: some milliseconds to find."""
 
 
 class PipelinedProgram:
@@ -51,7 +55,8 @@ class PipelinedProgram:
     Attributes:
       captured, plan, options: what it was made from.
       groups: the programs of each group of devices.
-      order: the tasks of a step, as they are dispatched.
+      order_of: from the micro-batches of each pipeline to the order of a step's tasks.
+      order: that of the plan's own step.
       homes: which groups hold each array of the state.
     """
 
@@ -62,6 +67,7 @@ class PipelinedProgram:
         optimizer: optax.GradientTransformation,
         options: ProgramOptions = ProgramOptions(),
         devices: Sequence[jax.Device] | None = None,
+        of_pipelines: Sequence[Captured] = (),
     ) -> None:
         """Checks the plan and cuts the model into its stages; nothing is compiled yet.
 
@@ -71,12 +77,19 @@ class PipelinedProgram:
           optimizer: an optax rule that updates each parameter from itself alone.
           options: dtype, loops, clipping.
           devices: the cluster's devices in plan order; None takes `jax.devices()`.
+          of_pipelines: the same model captured for the rows of each pipeline, where these have
+            other lengths than those of `captured`, which evaluates.
 
         Raises:
           PlanError: the plan does not fit the model or the devices, or the optimizer
             couples parameters.
         """
         check(plan, captured.graph)
+        self.of_pipelines = tuple(of_pipelines) or (captured,) * len(plan.pipelines)
+        for pipeline, own in zip(plan.pipelines, self.of_pipelines, strict=True):
+            if own is not captured:
+                check(replace(plan, global_batch=pipeline.sequences, pipelines=(pipeline,)),
+                      own.graph)  # fmt: skip
         require_separable(optimizer, captured.model.params)
         self.captured, self.plan, self.options = captured, plan, options
         self.optimizer = optimizer
@@ -87,12 +100,10 @@ class PipelinedProgram:
                 f"{jax.process_index()} of {jax.process_count()}; plan for all devices, or start "
                 "fewer processes"
             )
-        self.order = tasks(plan.pipelines)
         self.groups: list[GroupPrograms] = []
         self._of_stage: dict[tuple[int, int], GroupPrograms] = {}
-        counts = [p.num_microbatches for p in plan.pipelines]
-        self._before = [sum(counts[:n]) for n in range(len(counts))]
-        self._all = np.int32(sum(counts))
+        self.order_of = lru_cache(maxsize=_KEPT_ORDERS)(partial(Order.of, plan.pipelines))
+        self.order = self.order_of(tuple(p.num_microbatches for p in plan.pipelines))
         self._cuts = [self._cut(number) for number in range(len(plan.pipelines))]
         for number in range(len(plan.pipelines)):
             self._add_pipeline(number)
@@ -107,7 +118,8 @@ class PipelinedProgram:
             for s, stage in enumerate(pipeline.stages)
             for layer in strategies(stage, self.captured.graph)
         }
-        program = traced(self.captured, pipeline, self.options, training=training)
+        captured = self.of_pipelines[number] if training else self.captured
+        program = traced(captured, pipeline, self.options, training=training)
         return segments(program, stage_of)
 
     def _add_pipeline(self, number: int) -> None:
@@ -126,7 +138,7 @@ class PipelinedProgram:
 
     def _layouts(self, number: int, numbers: Sequence[int]) -> dict[int, StageLayouts]:
         """The layouts of the stages of one group; a parameter lies the same for all of them."""
-        graph, pipeline = self.captured.graph, self.plan.pipelines[number]
+        graph, pipeline = self.of_pipelines[number].graph, self.plan.pipelines[number]
         mesh = jax_mesh(pipeline.stages[numbers[0]], self.devices)
         chosen = {s: strategies(pipeline.stages[s], graph) for s in numbers}
         owners = _owners(self.captured, self._cuts[number].program, chosen)
@@ -161,10 +173,6 @@ class PipelinedProgram:
     def group_of(self, task: Task) -> GroupPrograms:
         """The programs of the group that does a task."""
         return self._of_stage[task.pipeline, task.stage]
-
-    def counted_before(self, task: Task) -> np.int32:
-        """How many micro-batches of the step come before a task's."""
-        return np.int32(self._before[task.pipeline] + task.microbatch)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -234,43 +242,6 @@ class PipelinedProgram:
         """The first task of the step under way that has not ended, in words."""
         return "" if self._run_now is None else self._run_now.waiting_for()
 
-    def place(self, batch: Mapping[str, Any]) -> list[list[dict[int, dict[str, jax.Array]]]]:
-        """Puts each pipeline's micro-batches on the devices of the stages that read them.
-
-        Args:
-          batch: arrays whose dim 0 is the plan's global batch; pipelines take their sequences
-            in the plan's order.
-
-        Returns:
-          By pipeline and micro-batch, the arrays of each stage.
-
-        Raises:
-          CaptureError: an array is missing.
-          PlanError: its shape is not what the plan expects.
-        """
-        require_batch(batch, self.captured.batch, self.plan.global_batch)
-        values, targets, places = [], [], []
-        start = 0
-        out: list[list[dict[int, dict[str, jax.Array]]]] = []
-        for number, pipeline in enumerate(self.plan.pipelines):
-            out.append([])
-            for m in range(pipeline.num_microbatches):
-                rows = slice(start, start + pipeline.microbatch)
-                start += pipeline.microbatch
-                out[-1].append({})
-                for s in range(len(pipeline.stages)):
-                    out[-1][m][s] = {}
-                    group = self._of_stage[number, s]
-                    if not group.is_here:
-                        continue
-                    for name, shape in group.stages[s].batch.items():
-                        values.append(batch[name][rows])
-                        targets.append(shape.sharding)
-                        places.append((number, m, s, name))
-        for (number, m, s, name), array in zip(places, placed(values, targets), strict=True):
-            out[number][m][s][name] = array
-        return out
-
     def step(
         self, state: TrainState, batch: Mapping[str, Any]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -286,8 +257,34 @@ class PipelinedProgram:
           finite and the state was left as it was).
         """
         parts = self.homes.split(state)
-        run = self._run([p.params for p in parts], [p.rest for p in parts], batch)
+        run = self._run([p.params for p in parts], [p.rest for p in parts], self._shares(batch))
         return self._applied(parts, *run)
+
+    def step_shares(
+        self, state: TrainState, shares: Sequence[Mapping[str, Any]]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One optimizer step in which pipelines have other numbers of micro-batches than planned.
+
+        Args:
+          state: donated.
+          shares: of each pipeline, arrays whose dim 0 is a multiple of its micro-batch, of its
+            micro-batch times its groups where it is interleaved; no rows or an empty dictionary
+            where it gets nothing.
+
+        Returns:
+          What `step` does.
+
+        Raises:
+          CaptureError: an array is missing.
+          PlanError: an array has another shape, or there are no sequences.
+        """
+        parts = self.homes.split(state)
+        run = self._run([p.params for p in parts], [p.rest for p in parts], shares)
+        return self._applied(parts, *run)
+
+    def _shares(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        require_batch(batch, self.captured.batch, self.plan.global_batch)
+        return shares_of({name: batch[name] for name in self.captured.batch}, self.plan)
 
     def accumulate(
         self, state: TrainState, batch: Mapping[str, Any], gathered: Gathered | None = None
@@ -308,8 +305,8 @@ class PipelinedProgram:
         """Gradients of a batch, from parameters and the model's other variables alone."""
         of_groups = [self._of_group(n, "params", params) for n in range(len(self.groups))]
         variables = [self._of_group(n, "rest", rest) for n in range(len(self.groups))]
-        grads, stats, after = self._run(of_groups, variables, batch)
-        sums = self._spread_sums(stats)
+        grads, stats, after = self._run(of_groups, variables, self._shares(batch))
+        sums = self.sums.scalars(stats)
         parts = [Gathered(*of_group) for of_group in zip(grads, sums, after, strict=True)]
         return self.gathered_homes.joined(parts)  # type: ignore[no-any-return]
 
@@ -355,23 +352,30 @@ class PipelinedProgram:
             self.homes.split(state), [p.grads for p in parts], stats, [p.rest for p in parts]
         )
 
+    def begin(
+        self, params: list[Arrays], rest: list[Arrays], shares: Sequence[Mapping[str, Any]]
+    ) -> StepUnderWay:
+        """A step of which no task is dispatched yet, from each group's arrays."""
+        counts = counts_of(shares, self.plan, [own.batch for own in self.of_pipelines])
+        batches = place(shares, counts, self.plan, self._of_stage)
+        return StepUnderWay(self, params, rest, batches, self.order_of(counts))
+
     def _run(
-        self, params: list[Arrays], rest: list[Arrays], batch: Mapping[str, Any]
+        self, params: list[Arrays], rest: list[Arrays], shares: Sequence[Mapping[str, Any]]
     ) -> tuple[list[Arrays], list[Any], list[Arrays]]:
         """By group: gradients summed over groups, its own [loss, weight], variables after."""
-        run = self._run_now = StepUnderWay(self, params, rest, self.place(batch))
-        for task in self.order:
+        run = self._run_now = self.begin(params, rest, shares)
+        for task in run.order.tasks:
             run.do(task)
         grads = [
             group.finish.call(gathered) if group.is_here else absent(group.gathered_shapes.grads)
             for group, gathered in zip(self.groups, run.gathered, strict=True)
         ]
-        if self._shared:
-            self._sum_shared(grads)
+        self.sums.gradients(grads)
         after = []
         for group, counters, local in zip(self.groups, run.counters, run.local, strict=True):
             if group.is_here and group.advance:
-                counters = group.advance.call(counters, self._all)
+                counters = group.advance.call(counters, np.int32(run.order.total))
             after.append({**counters, **local})
         return grads, run.stats, after
 
@@ -383,10 +387,10 @@ class PipelinedProgram:
             if squares
             else absent(group.sums_shape)
             for group, (names, squares), of_group, g in zip(
-                self.groups, self._squares, stats, grads, strict=True
+                self.groups, self.sums.squares, stats, grads, strict=True
             )
         ]
-        sums = self._spread_sums(sums)
+        sums = self.sums.scalars(sums)
         metrics: dict[str, jax.Array] = {}
         after = []
         for group, *given in zip(self.groups, parts, grads, sums, rest, strict=True):
@@ -410,76 +414,15 @@ class PipelinedProgram:
         return Homes(whole, [g.gathered_shapes for g in self.groups], self.devices)
 
     @cached_property
-    def _shared(self) -> dict[str, Home]:
-        """Parameters that several groups hold, with the home of their gradients."""
-        homes = {
-            name: self.gathered_homes.leaves[f".grads['{name}']"]
-            for name in self.captured.model.params
-        }
-        return {name: home for name, home in homes.items() if len(home.groups) > 1}
-
-    @cached_property
-    def _squares(self) -> list[tuple[list[str], Ready | None]]:
-        """By group, the parameters whose squares it counts, each once, and what adds them."""
-        first = {
-            name: self.gathered_homes.leaves[f".grads['{name}']"].groups[0]
-            for name in self.captured.model.params
-        }
-        out = []
-        for n, group in enumerate(self.groups):
-            mine = [name for name in group.names if first[name] == n]
-            out.append((mine, group.squares(mine) if group.is_here else None))
-        return out
-
-    @cached_property
-    def _summing(self) -> Transfer:
-        tensors = [
-            Tensor(home.across("partial"), home.layout, tuple(home.shapes[0].shape), 4)
-            for home in self._shared.values()
-        ]
-        return Transfer(fuse(tensors), [np.dtype(np.float32)] * len(tensors), self.devices)
-
-    def _sum_shared(self, grads: list[Arrays]) -> None:
-        """Sums what several groups hold the gradient of: a reshard from addends to copies."""
-        unions = [
-            home.union([grads[n][name] for n in home.groups], "partial")
-            for name, home in self._shared.items()
-        ]
-        for (name, home), union in zip(
-            self._shared.items(), self._summing(unions, donate=True), strict=True
-        ):
-            for n, array in zip(home.groups, home.settled(union).arrays, strict=True):
-                grads[n][name] = array
-
-    @cached_property
-    def _everywhere(self) -> Mapping[int, tuple[Home, Transfer]]:
-        """What sums so many scalars over all groups and gives every group the sum."""
-        out = {}
-        for count in (2, 3):
-            shapes = tuple(
-                jax.ShapeDtypeStruct((count,), np.float32, sharding=g.whole) for g in self.groups
-            )
-            home = Home.of(tuple(range(len(self.groups))), shapes, self.devices)
-            tensor = Tensor(home.across("partial"), home.layout, (count,), 4)
-            out[count] = home, Transfer(fuse([tensor]), [np.dtype(np.float32)], self.devices)
-        return out
-
-    def _spread_sums(self, sums: list[Any]) -> list[Any]:
-        """Scalars summed over all groups, on every group."""
-        if len(self.groups) == 1:
-            return sums
-        home, transfer = self._everywhere[sums[0].size]
-        (union,) = transfer([home.union(sums, "partial")], donate=True)
-        return list(home.settled(union).arrays)
+    def sums(self) -> GroupSums:
+        """What groups sum among themselves."""
+        names = list(self.captured.model.params)
+        return GroupSums(self.groups, self.gathered_homes, names, self.devices)
 
     @cached_property
     def routes(self) -> Routes:
         """Where each stage of each pipeline sends what it makes."""
         return routes_of({at: g.stages[at[1]] for at, g in self._of_stage.items()}, self.devices)
-
-    @cached_property
-    def _evaluation_routes(self) -> Routes:
-        return routes_of({(0, s): stage for s, stage in self._evaluating.items()}, self.devices)
 
     @cached_property
     def routes_back(self) -> Routes:
@@ -489,7 +432,7 @@ class PipelinedProgram:
 
     def compile(self) -> None:
         """Compiles all programs of the step, so that the first one takes no longer."""
-        jobs: list[Callable[[], Any]] = [lambda: self._squares]
+        jobs: list[Callable[[], Any]] = [lambda: self.sums.squares]
         for group in self.groups:
             jobs += [lambda g=group: (g.prepare, g.finish, g.advance, g.update)]  # type: ignore[misc]
             jobs += [lambda s=stage: s.backward for stage in group.stages.values()]  # type: ignore[misc]
@@ -497,51 +440,26 @@ class PipelinedProgram:
             for done in [pool.submit(job) for job in jobs]:
                 done.result()
 
+    def compile_gather(self) -> None:
+        """Compiles what `gather` runs."""
+        self.compile()
+
+    def compile_apply(self) -> None:
+        """Compiles what `add` and `apply` run."""
+        for group in self.groups:
+            _ = (group.add, group.update) if group.is_here else None
+        _ = self.sums.squares
+
     def evaluate(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """(loss sum, weight) of one micro-batch of the first pipeline, in Flax's eval mode."""
         require_batch(batch, self.captured.batch, self.pipeline.microbatch)
-        parts = self.homes.split(state)
-        arrived: dict[int, dict[int, jax.Array]] = {s: {} for s in self._evaluating}
-        sums = [absent(g.gathered_shapes.sums) if not g.is_here else None for g in self.groups]
-        for s, stage in self._evaluating.items():
-            group = self._of_stage[0, s]
-            n = self.groups.index(group)
-            if group.is_here:
-                names = list(stage.batch)
-                targets = [stage.batch[name].sharding for name in names]
-                given = dict(zip(names, placed([batch[x] for x in names], targets), strict=True))
-                received = [arrived[s][i] for i in range(len(stage.received))]
-                weights = self._evaluation_weights[s](parts[n].params)
-                sent, found = stage.evaluate(weights, parts[n].rest, given, received)
-                sums[n] = found if sums[n] is None else sums[n] + found
-            else:
-                sent = absent(stage.sent)
-            for route in self._evaluation_routes[0, s]:
-                moved = route.wire([sent[j] for j in route.takes])
-                arrived[route.to].update(zip(route.puts, moved, strict=True))
-        zeros = [
-            placed([np.zeros(2, np.float32)], [g.whole])[0] if x is None else x
-            for g, x in zip(self.groups, sums, strict=True)
-        ]
-        mine = next(n for n, group in enumerate(self.groups) if group.is_here)
-        total = self._spread_sums(zeros)[mine]
-        return total[0], total[1]
+        return self._evaluation(self.homes.split(state), batch)
 
     @cached_property
-    def _evaluating(self) -> dict[int, StagePrograms]:
+    def _evaluation(self) -> Evaluation:
+        of_stage = {s: self._of_stage[0, s] for s in range(len(self.pipeline.stages))}
         cut_ = self._cut(0, training=False)
-        shortest = shortest_loop(self.options)
-        return {
-            s: StagePrograms(
-                cut_, s, self._of_stage[0, s].stages[s].layouts, shortest,
-                self.options.compute_dtype,
-            )
-            for s in range(len(self.pipeline.stages))
-        }  # fmt: skip
-
-    @cached_property
-    def _evaluation_weights(self) -> dict[int, Any]:
-        return {s: in_order(jax.jit(stage.prepare)) for s, stage in self._evaluating.items()}
+        return Evaluation(cut_, of_stage, self.sums, self.options, self.devices)
 
 
 def _owners(

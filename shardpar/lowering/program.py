@@ -23,6 +23,7 @@ from shardpar.lowering.homes import Homes, Move
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
 from shardpar.lowering.options import ProgramOptions
+from shardpar.lowering.ready import Ready
 from shardpar.lowering.shardings import batch_sharding, constrain, replicated
 from shardpar.lowering.stages import Forward, StageLayouts, forward_program
 from shardpar.lowering.state import (
@@ -243,6 +244,14 @@ class Program:
         """Compiles the step, so that the first one takes no longer than the others."""
         _ = self.compiled_step
 
+    def compile_gather(self) -> None:
+        """Compiles what `gather` runs."""
+        _ = self._gathering
+
+    def compile_apply(self) -> None:
+        """Compiles what `add` and `apply` run."""
+        _ = self._adding, self._apply
+
     @cached_property
     def compiled_step(self) -> Any:
         """The compiled step, a function of (state, placed batch): the first use compiles it."""
@@ -250,16 +259,6 @@ class Program:
 
     def lower_step(self) -> Any:
         """The step lowered for this plan's devices but not compiled yet."""
-        microbatches = self.pipeline.num_microbatches
-        sharding = batch_sharding(self.mesh, self._data_axes, stacked=1)
-        batch = {
-            name: jax.ShapeDtypeStruct(
-                (microbatches, self.pipeline.microbatch, *leaf.shape[1:]),
-                leaf.dtype,
-                sharding=sharding,
-            )
-            for name, leaf in self.captured.batch.items()
-        }
         gather = self._gather
 
         def step(state: TrainState, batch: Any) -> Any:
@@ -272,7 +271,16 @@ class Program:
             donate_argnums=0,
             out_shardings=(shardings_of(self.state_shapes), replicated(self.mesh)),
         )
-        return jitted.lower(self.state_shapes, batch)
+        return jitted.lower(self.state_shapes, self._batch_shapes)
+
+    @property
+    def _batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        sharding = batch_sharding(self.mesh, self._data_axes, stacked=1)
+        stacked = (self.pipeline.num_microbatches, self.pipeline.microbatch)
+        return {
+            name: jax.ShapeDtypeStruct((*stacked, *leaf.shape[1:]), leaf.dtype, sharding=sharding)
+            for name, leaf in self.captured.batch.items()
+        }
 
     @cached_property
     def _gather(self) -> Any:
@@ -289,7 +297,9 @@ class Program:
             total, weight, rest, grads = self._gather(params, rest, batch)
             return Gathered(grads, jnp.stack([total, weight]), rest)
 
-        return in_order(jax.jit(gather, out_shardings=shardings_of(self.gathered_shapes)))
+        jitted = jax.jit(gather, out_shardings=shardings_of(self.gathered_shapes))
+        shapes = self.state_shapes
+        return Ready(jitted, shapes.params, shapes.rest, self._batch_shapes).call
 
     @cached_property
     def _adding(self) -> Any:
@@ -297,7 +307,9 @@ class Program:
             grads = jax.tree.map(jnp.add, before.grads, new.grads)
             return Gathered(grads, before.sums + new.sums, new.rest)
 
-        return jax.jit(add, out_shardings=shardings_of(self.gathered_shapes), donate_argnums=0)
+        shapes = self.gathered_shapes
+        jitted = jax.jit(add, out_shardings=shardings_of(shapes), donate_argnums=0)
+        return Ready(jitted, shapes, shapes).call
 
     @cached_property
     def _apply(self) -> Any:
@@ -314,7 +326,7 @@ class Program:
             donate_argnums=0,
             out_shardings=(shardings_of(self.state_shapes), replicated(self.mesh)),
         )
-        return in_order(jitted)
+        return Ready(jitted, self.state_shapes, self.gathered_shapes).call
 
     @cached_property
     def _evaluate(self) -> Any:

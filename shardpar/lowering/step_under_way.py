@@ -11,6 +11,7 @@ import numpy as np
 from shardpar.lowering.device_groups import GroupPrograms
 from shardpar.lowering.elsewhere import absent
 from shardpar.lowering.routes import Routes
+from shardpar.lowering.shares import Order, Placed
 from shardpar.lowering.stage_programs import Arrays, StagePrograms
 from shardpar.spec.schedule import Task
 
@@ -28,16 +29,19 @@ class _Stages(Protocol):
 
     def group_of(self, task: Task) -> GroupPrograms: ...
 
-    def counted_before(self, task: Task) -> np.int32: ...
-
 
 class StepUnderWay:
     """One step under way: what has arrived where, and what waits for its backward."""
 
     def __init__(
-        self, program: _Stages, params: list[Arrays], rest: list[Arrays], batches: Any
+        self,
+        program: _Stages,
+        params: list[Arrays],
+        rest: list[Arrays],
+        batches: Placed,
+        order: Order,
     ) -> None:
-        self.program, self.batches = program, batches
+        self.program, self.batches, self.order = program, batches, order
         self.weights, self.gathered, self.stats, self.local, self.counters = [], [], [], [], []
         for group, part, variables in zip(program.groups, params, rest, strict=True):
             if group.is_here:
@@ -78,7 +82,7 @@ class StepUnderWay:
         received = [came[i] for i in range(len(stage.received))]
         batch = self.batches[task.pipeline][task.microbatch][task.stage]
         local = {name: self.local[n][name] for name in stage.segment.local}
-        k = self.program.counted_before(task)
+        k = np.int32(self.order.before[task.pipeline] + task.microbatch)
         sent, self.stats[n], after, kept = stage.forward.call(
             self.weights[n][task.stage], self.counters[n], local, k, batch, received, self.stats[n]
         )

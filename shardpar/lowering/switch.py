@@ -7,7 +7,7 @@ the state, only parameters go there and only gradients come back (Hydraulis).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -94,6 +94,7 @@ class Programs:
         optimizer: optax.GradientTransformation,
         options: ProgramOptions = ProgramOptions(),
         devices: Sequence[jax.Device] | None = None,
+        of_pipelines: Callable[[Plan], Sequence[Captured]] = lambda _: (),
     ) -> None:
         """Nothing is lowered yet.
 
@@ -102,7 +103,10 @@ class Programs:
           optimizer: any optax transformation.
           options: dtype, loops, clipping.
           devices: of the cluster, in order; None takes `jax.devices()`.
+          of_pipelines: the model captured for the rows of each pipeline of a plan; empty where
+            they are those of `captured`.
         """
+        self._of_pipelines = of_pipelines
         self.captured, self.optimizer, self.options = captured, optimizer, options
         self.devices = tuple(jax.devices() if devices is None else devices)
         self._programs: dict[tuple[Captured, Plan], AnyProgram] = {}
@@ -123,8 +127,9 @@ class Programs:
         captured = captured or self.captured
         if (captured, plan) not in self._programs:
             _require_same_model(captured, self.captured)
+            own = self._of_pipelines(plan) if captured is self.captured else ()
             self._programs[captured, plan] = lower(
-                captured, plan, self.optimizer, self.options, self.devices
+                captured, plan, self.optimizer, self.options, self.devices, own
             )
         return self._programs[captured, plan]
 

@@ -117,13 +117,14 @@ class Dealt:
             self.pipeline.stages, self.chosen, itertools.pairwise(cuts),
             itertools.pairwise(self.cuts), strict=True,
         ):  # fmt: skip
-            layers = stage.layers if (first, end) == now else self._entries(chosen, first, end)
+            layers = stage.layers if (first, end) == now else self.entries(chosen, first, end)
             stages.append(replace(stage, layers=layers, peak_bytes=None))
         return replace(self.pipeline, sequences=sequences, stages=tuple(stages))
 
-    def _entries(
+    def entries(
         self, chosen: Sequence[LayerStrategy], first: int, end: int
     ) -> tuple[LayerStrategy, ...]:
+        """Layers from one number to another as a stage lists them; `chosen` is of all layers."""
         names = [layer.name for layer in self.graph.layers]
         return tuple(
             replace(strategy, layers=selector([names[i] for i in run]))

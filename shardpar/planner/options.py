@@ -40,6 +40,8 @@ class SearchOptions:
         in the plan says how far it can be at most.
       rescore: how many of the best plans by the formula are played event by event; the one
         whose simulated step is the shortest is taken. With 1 the formula decides alone.
+      interleave: whether those are tried with two stages on each group of devices, too; not
+        where `stages` or `fix` pins what is on a group.
     """
 
     file: str | None = None
@@ -59,6 +61,7 @@ class SearchOptions:
     fix: str | None = None
     epsilon: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     rescore: Degree = 8
+    interleave: bool = True
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -203,11 +203,18 @@ def _ready(
     return None if after is None else max(own, after + arrive[stage + 1])
 
 
-def tasks(pipelines: Iterable[Pipeline]) -> tuple[Task, ...]:
+def tasks(pipelines: Iterable[Pipeline], counts: Sequence[int] | None = None) -> tuple[Task, ...]:
     """All actions of a step in one order in which none stands before what it waits for.
 
     It depends on the plan alone, so that every process of a cluster finds the same: each runs
     what is its own, and none waits for a task that another has behind one that waits for it.
+
+    Args:
+      pipelines: of the plan.
+      counts: micro-batches of each in this step, 0 where it has none; None takes the plan's.
+
+    Raises:
+      PlanError: an interleaved pipeline has a number that its groups do not divide.
 
     >>> from shardpar.spec.mesh import Mesh
     >>> from shardpar.spec.plan import LayerStrategy, Stage
@@ -217,6 +224,11 @@ def tasks(pipelines: Iterable[Pipeline]) -> tuple[Task, ...]:
     """
     timed = []
     for number, pipeline in enumerate(pipelines):
+        if counts is not None:
+            if not counts[number]:
+                continue
+            sequences = counts[number] * pipeline.microbatch
+            pipeline = replace(pipeline, sequences=sequences)
         depth = len(pipeline.stages)
         for played in play(pipeline, [(1.0, 2.0)] * depth, [0.0] * depth):
             task = Task(number, played.stage, played.action.kind, played.action.microbatch)

@@ -19,7 +19,8 @@ import grain
 import numpy as np
 
 from shardpar.errors import DataError
-from shardpar.train.corpus import Corpus, read_corpus
+from shardpar.train.corpus import read_corpus
+from shardpar.train.documents import Documents, PaddedDocuments
 from shardpar.train.options import DataOptions
 from shardpar.train.packing import PackedDocuments
 from shardpar.train.tokenizer import (
@@ -32,7 +33,8 @@ from shardpar.train.tokenizer import (
 
 Batch = dict[str, np.ndarray]
 """`inputs` and `targets`, int32 [batch, tokens]; `sample`, int64 [batch], the samples' ids; what
-`packing.fill` gives besides, if documents are packed."""
+`packing.fill` gives besides, if documents are packed; of documents of their own lengths,
+`sequences` and `sample` (see `documents.Documents`)."""
 
 _POSITION_FORMAT = "shardpar-position/1"
 _BATCHES_AHEAD = 4
@@ -91,8 +93,8 @@ class TokenWindows:
         }
 
 
-Samples = TokenWindows | PackedDocuments
-"""A text as samples that can be read in any order, one row of a batch each."""
+Samples = TokenWindows | PackedDocuments | Documents | PaddedDocuments
+"""A text as samples that can be read in any order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +115,16 @@ class TextData:
     evaluation: Samples
 
 
-def load_text(options: DataOptions, tokenizer: Tokenizer | None = None) -> TextData:
+def load_text(
+    options: DataOptions, tokenizer: Tokenizer | None = None, *, bucketed: bool = False
+) -> TextData:
     r"""Reads the text, cuts off its evaluation part and turns both into samples.
 
     Args:
       options: section `data` of a config.
       tokenizer: of the run that is resumed; None makes one, from the training part alone.
+      bucketed: samples are documents of their own lengths, evaluated padded; those that are
+        dispatched are, too, and are evaluated packed.
 
     Raises:
       DataError: text or tokenizer cannot be had.
@@ -136,16 +142,31 @@ def load_text(options: DataOptions, tokenizer: Tokenizer | None = None) -> TextD
             f"data.tokenizer={options.tokenizer}, but the run began with {tokenizer.name}; "
             f"write data.tokenizer={tokenizer.name}, or begin a new run"
         )
-    parts = [_samples(part, options, tokenizer) for part in (train, evaluation)]
+    name, length = digest(tokenizer), options.sequence_length
+    parts: list[Samples] = []
+    for part in (train, evaluation):
+        if not (options.packing or options.dispatch or bucketed):
+            parts.append(TokenWindows(encode_corpus(tokenizer, part), length, name))
+            continue
+        documents = Documents(*encode_documents(tokenizer, part), length, name)
+        if options.packing or (options.dispatch and part is evaluation):
+            parts.append(PackedDocuments(documents.tokens, documents.ends, length, name))
+        else:
+            parts.append(documents if part is train else PaddedDocuments(documents))
     return TextData(corpus.name, corpus.files, tokenizer, *parts)
 
 
-def _samples(corpus: Corpus, options: DataOptions, tokenizer: Tokenizer) -> Samples:
-    name = digest(tokenizer)
-    if not options.packing:
-        return TokenWindows(encode_corpus(tokenizer, corpus), options.sequence_length, name)
-    ids, ends = encode_documents(tokenizer, corpus)
-    return PackedDocuments(ids, ends, options.sequence_length, name)
+def require_vocabulary(model_vocab: int | None, data: TextData) -> None:
+    """Refuses a model that has no row for some token of the data.
+
+    Raises:
+      DataError: naming both sizes.
+    """
+    if model_vocab is not None and data.tokenizer.vocab_size > model_vocab:
+        raise DataError(
+            f"model.vocab_size is {model_vocab}, but the {data.tokenizer.name} tokenizer has "
+            f"{data.tokenizer.vocab_size} tokens; use model.vocab_size={data.tokenizer.vocab_size}"
+        )
 
 
 class Batches:

@@ -12,12 +12,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
 
-from shardpar.errors import DataError, PlanError, RunError
+from shardpar.errors import PlanError, RunError
 from shardpar.lowering.devices import peak_bytes_in_use
 from shardpar.lowering.lower import AnyProgram
 from shardpar.lowering.state import TrainState
@@ -31,9 +32,11 @@ from shardpar.run.retention import due
 from shardpar.run.watchdog import Watchdog
 from shardpar.spec.plan import Plan
 from shardpar.spec.text import plan_from_text, plan_to_text
+from shardpar.train.clock import Clock
 from shardpar.train.data import Batch, Batches, TextData, eval_batches, train_batches
 from shardpar.train.options import TrainOptions
 from shardpar.train.requests import Change
+from shardpar.train.stepping import Feed, OneLength, Start
 from shardpar.train.watch import SpeedWatch
 
 _LONGEST_S = 24 * 3600.0
@@ -87,6 +90,7 @@ class Surroundings:
       devices: asked in the first process which devices are not lost.
       speeds: probes the devices now and then; None where that would say nothing.
       supervised: whether a supervisor starts this process again when it ends.
+      stepping: how a step is made of a batch, under the plan in force.
     """
 
     checkpoints: Checkpoints
@@ -102,6 +106,7 @@ class Surroundings:
     devices: Callable[[], Collection[int]] = tuple
     speeds: SpeedWatch | None = None
     supervised: bool = False
+    stepping: Start = OneLength
 
 
 def train(
@@ -132,7 +137,10 @@ def train(
         state, start = _begin(loop.program, batches, options, around)
         if start < options.steps:
             around.begun()
-        return loop.run(state, start)
+        try:
+            return loop.run(state, start)
+        finally:
+            loop.feed.close()
 
 
 def _begin(
@@ -199,11 +207,11 @@ class _Loop:
     ) -> None:
         self.programs, self.program = programs, programs.program(plan)
         self.batches, self.data = batches, data
+        self.stepping = around.stepping(self.program, ())
+        self.feed: Feed = batches
         self.evaluation = _evaluation_batches(self.program, data, options)
         self.options, self.saving, self.around = options, saving, around
-        graph = programs.captured.graph
-        self.tokens_per_step = graph.tokens * options.global_batch / graph.batch
-        self.flops_per_token = graph.flops_per_token
+        self.flops_per_token = programs.captured.graph.flops_per_token
         self.warned_mfu = False
         self.watchdog = Watchdog(
             around.peers,
@@ -226,13 +234,14 @@ class _Loop:
             return self._steps(state, start)
 
     def _waiting_for(self) -> str:
-        return self.program.waiting_for()
+        return self.stepping.waiting_for()
 
     def _steps(self, state: TrainState, start: int) -> Outcome:
         around, steps = self.around, self.options.steps
+        self.feed = self.stepping.feed(self.batches)
         state, start = self._under(self._decide(start, start, time.monotonic()), state, start)
         self._compile()
-        clock = _Clock()
+        clock = Clock()
         loss: float | None = None
         eval_loss: float | None = None
         last_saved, last_saved_s = start, time.monotonic()
@@ -240,15 +249,15 @@ class _Loop:
         skipped, step, stopped = 0, start, False
         while step < steps:
             with clock.waiting():
-                batch = next(self.batches)
-            state, metrics = self.program.step(state, batch)
+                batch = next(self.feed)
+            state, metrics = self.stepping.step(state, batch)
             step += 1
             if pending is not None:
                 # The step just sent is running while the one before is written down.
                 loss, skip = self._record(pending, clock)
                 skipped += skip
-            pending = _Pending(step, metrics, batch["sample"])
-            decided = self._decide(step, last_saved, last_saved_s)
+            pending = _Pending(step, metrics, batch["sample"], self.stepping.tokens(batch))
+            decided = self._decide(step, last_saved, last_saved_s, pending.tokens)
             stopped = decided["stop"]
             evaluate = self._evaluation_due(step)
             if evaluate or decided["save"] or "plan" in decided or decided["probe"]:
@@ -275,7 +284,13 @@ class _Loop:
             around.checkpoints.wait()
         return Outcome(self.program, state, step, loss, eval_loss, stopped, skipped)
 
-    def _decide(self, step: int, last_saved: int, last_saved_s: float) -> dict[str, Any]:
+    def _decide(
+        self,
+        step: int,
+        last_saved: int,
+        last_saved_s: float,
+        tokens: Mapping[str, float] = MappingProxyType({}),
+    ) -> dict[str, Any]:
         """What is to be done after so many steps: the same in every process."""
         around, steps = self.around, self.options.steps
 
@@ -296,6 +311,7 @@ class _Loop:
             due_ = around.speeds is not None and around.speeds.is_due(time.monotonic())
             probe = sorted(around.devices()) if due_ else []
             decided: dict[str, Any] = {"stop": stop, "save": save, "probe": probe}
+            decided["tokens"] = dict(tokens)
             if not stop and step < steps:
                 change = around.wanted_plan(step, self.program.plan)
                 if change is not None:
@@ -306,6 +322,12 @@ class _Loop:
         # The first process may still be compiling what its first step needs.
         wait_s = max(2 * stuck_s, ANSWER_S) if stuck_s else _LONGEST_S
         decided = around.peers.decide("next step", choose, wait_s)
+        if decided["tokens"] != dict(tokens):
+            raise RunError(
+                f"step {step} was shared out otherwise here than in the first process "
+                f"({dict(tokens)}, there {decided['tokens']}); use the same data and the same "
+                "versions of shardpar, numpy and scipy in all processes"
+            )
         return decided  # type: ignore[no-any-return]
 
     def _under(
@@ -317,13 +339,14 @@ class _Loop:
         plan = plan_from_text(decided["plan"], "the plan decided on")
         lost = decided["lost"]
         try:
-            self.programs.program(plan)
+            self.stepping = self.around.stepping(self.programs.program(plan), lost)
         except PlanError as error:
             if lost:
                 raise
             self.around.progress.say(f"the plan stays: {error}")
             return state, step
         begun = time.perf_counter()
+        self._rewind()
         with self.watchdog.paused(), self.around.progress.phase("switching to another plan"):
             if lost:
                 state, step = self._without(lost, plan, state, step)
@@ -331,6 +354,7 @@ class _Loop:
                 switched = self.programs.switch(self.program, state, plan)
                 self.program, state = switched.program, switched.state
             jax.block_until_ready(state)
+        self.feed = self.stepping.feed(self.batches)
         self.evaluation = _evaluation_batches(self.program, self.data, self.options)
         if self.around.peers.is_first:
             self.around.switched(plan)
@@ -338,6 +362,13 @@ class _Loop:
                 step, {"switch_s": round(time.perf_counter() - begun, 6), "plan": plan.in_short}
             )
         return state, step
+
+    def _rewind(self) -> None:
+        """Takes the batches back to where steps have used them up."""
+        if self.feed is not self.batches:
+            position = self.feed.position
+            self.feed.close()
+            self.batches.restore(position)
 
     def _without(
         self, lost: Sequence[int], plan: Plan, state: TrainState, step: int
@@ -366,7 +397,7 @@ class _Loop:
         progress = self.around.progress
         with self.watchdog.paused(), progress.phase("compiling the step"):
             begun = time.perf_counter()
-            self.program.compile()
+            self.stepping.compile()
             progress.say(f"compiled in {time.perf_counter() - begun:.1f} s")
             # Connections are made in the first step, and wait for the others only so long.
             self.around.peers.gather("compiled", True, _LONGEST_S)
@@ -377,14 +408,14 @@ class _Loop:
         every = self.options.eval_every
         return step == self.options.steps or (every > 0 and step % every == 0)
 
-    def _record(self, pending: _Pending, clock: _Clock) -> tuple[float, int]:
+    def _record(self, pending: _Pending, clock: Clock) -> tuple[float, int]:
         values = {name: np.asarray(value).item() for name, value in pending.metrics.items()}
-        clock.tick()
+        clock.tick(pending.tokens["tokens"])
         self.watchdog.saw(pending.step)
         row: dict[str, Any] = {"loss": values["loss"], "grad_norm": values["grad_norm"]}
         tokens_per_s = mfu = None
         if clock.step_s:
-            tokens_per_s = self.tokens_per_step / clock.step_s
+            tokens_per_s = clock.tokens / clock.step_s
             row["tokens_per_s"] = round(tokens_per_s, 1)
             row["step_s"] = round(clock.step_s, 6)
             if self.around.peak_flops:
@@ -394,6 +425,7 @@ class _Loop:
         peak_bytes = peak_bytes_in_use(self.program.used_devices)
         row["peak_bytes"] = int(peak_bytes)
         row["data_wait_s"] = round(clock.wait_s, 6)
+        row |= {name: x for name, x in pending.tokens.items() if name != "tokens"}
         if self.options.log_samples:
             row["samples"] = _ids(pending.samples)
         if values["skipped"]:
@@ -442,7 +474,7 @@ class _Loop:
         files = {
             **self.around.files,
             PLAN: plan_to_text(self.program.plan),
-            POSITION: json.dumps(self.batches.position),
+            POSITION: json.dumps(self.feed.position),
         }
         with self.watchdog.paused():
             self.around.checkpoints.save(step, self.program.to_saved(state), files)
@@ -455,49 +487,8 @@ class _Pending:
     step: int
     metrics: Mapping[str, jax.Array]
     samples: np.ndarray
-
-
-class _Clock:
-    """Times steps by when their results arrive, leaving out evaluation, saving and the first."""
-
-    def __init__(self) -> None:
-        self.step_s: float | None = None
-        self.wait_s = 0.0
-        self._last: float | None = None
-
-    def waiting(self) -> _Clock:
-        return self
-
-    def __enter__(self) -> None:
-        self._wait_start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.wait_s = time.perf_counter() - self._wait_start
-
-    def tick(self) -> None:
-        now = time.perf_counter()
-        if self._last is not None:
-            latest = now - self._last
-            # A running mean over about ten steps: quick to follow, calm to read.
-            self.step_s = latest if self.step_s is None else 0.9 * self.step_s + 0.1 * latest
-        self._last = now
-
-    def restart(self) -> None:
-        self._last = None
+    tokens: Mapping[str, float]
 
 
 def _ids(samples: np.ndarray) -> str:
     return ",".join(str(int(s)) for s in samples)
-
-
-def require_vocabulary(model_vocab: int | None, data: TextData) -> None:
-    """Refuses a model that has no row for some token of the data.
-
-    Raises:
-      DataError: naming both sizes.
-    """
-    if model_vocab is not None and data.tokenizer.vocab_size > model_vocab:
-        raise DataError(
-            f"model.vocab_size is {model_vocab}, but the {data.tokenizer.name} tokenizer has "
-            f"{data.tokenizer.vocab_size} tokens; use model.vocab_size={data.tokenizer.vocab_size}"
-        )

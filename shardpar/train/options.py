@@ -27,6 +27,8 @@ class DataOptions:
       eval_fraction: share of the text, at its end, held out for evaluation.
       packing: false cuts the text into samples wherever they end; true packs whole documents
         into samples, each seeing itself only. Longer ones are cut.
+      dispatch: documents of their own lengths are the samples; those of a step are shared out
+        to the plan's pipelines so that all end together, and packed there.
     """
 
     source: Literal["pydoc", "text", "jsonl", "parquet"] = "pydoc"
@@ -37,6 +39,49 @@ class DataOptions:
     sequence_length: Positive = 128
     eval_fraction: Fraction = 0.05
     packing: bool = False
+    dispatch: bool = False
+
+
+@dataclass(frozen=True)
+class DispatchOptions:
+    """Section `dispatch` of a config: how `data.dispatch` shares a step out.
+
+    Attributes:
+      row_tokens: of a row of each pipeline, which takes no longer documents; empty takes
+        `data.sequence_length` for all.
+      gap: by which share a step may be above the best assignment.
+    """
+
+    row_tokens: tuple[Positive, ...] = ()
+    gap: Annotated[float, Meta(ge=0.0)] = 0.01
+
+
+@dataclass(frozen=True)
+class BucketOptions:
+    """Section `buckets` of a config.
+
+    Attributes:
+      lengths: tokens of a row of each bucket, ascending, the last `data.sequence_length`;
+        empty has no buckets. Documents are the samples then; each is padded to the length of
+        its bucket and computed under the bucket's plan.
+      plans: a plan file for each bucket, null for a plan that is searched; empty searches all.
+      sequences: how many sequences the searched plan of each bucket takes at a time; empty takes
+        `train.global_batch` of the shortest, and as many tokens of the others.
+    """
+
+    lengths: tuple[Positive, ...] = ()
+    plans: tuple[str | None, ...] = ()
+    sequences: tuple[Positive, ...] = ()
+
+    def turn(self, number: int, global_batch: int) -> int:
+        """Sequences that a bucket's searched plan takes at a time.
+
+        >>> [BucketOptions(lengths=(32, 128)).turn(number, 16) for number in (0, 1)]
+        [16, 4]
+        """
+        if self.sequences:
+            return self.sequences[number]
+        return max(1, global_batch * self.lengths[0] // self.lengths[number])
 
 
 @dataclass(frozen=True)

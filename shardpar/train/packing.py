@@ -132,6 +132,47 @@ def _place(
     return end
 
 
+def pieces(ends: np.ndarray, longest: int) -> np.ndarray:
+    """Documents back to back, cut so that none predicts more than so many tokens.
+
+    Each token but a document's first is still predicted once, from those before it in its piece.
+
+    Args:
+      ends: where each document ends; documents have 2 tokens or more.
+      longest: the most tokens that a piece predicts.
+
+    Returns:
+      int64 [pieces, 2]: the first input of each, and how many tokens it predicts.
+
+    Raises:
+      DataError: a document has fewer than 2 tokens.
+
+    >>> pieces(np.array([3, 9]), 4).tolist()
+    [[0, 2], [3, 4], [7, 1]]
+    """
+    begins = np.concatenate([[0], ends]).astype(np.int64)[:-1]
+    predicted = ends - begins - 1
+    if predicted.size and predicted.min() < 1:
+        document = int(np.argmin(predicted))
+        raise DataError(
+            f"document {document} has {predicted[document] + 1} tokens; leave out what "
+            "has fewer than 2"
+        )
+    count = -(-predicted // longest)
+    number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+    offset = number * longest
+    left = np.repeat(predicted, count) - offset
+    return np.stack([np.repeat(begins, count) + offset, np.minimum(left, longest)], axis=1)
+
+
+def digest_of(tokens: np.ndarray, ends: np.ndarray) -> str:
+    """A short name that two lists of documents share only if they are the same."""
+    ids = hashlib.blake2b(tokens.dtype.str.encode(), digest_size=8)
+    ids.update(np.ascontiguousarray(tokens).data)
+    ids.update(np.ascontiguousarray(ends, np.int64).data)
+    return ids.hexdigest()
+
+
 @dataclass(frozen=True, eq=False)
 class PackedDocuments:
     """Documents as rows that can be read in any order: what `data.packing` makes of a text.
@@ -157,22 +198,7 @@ class PackedDocuments:
 
     @cached_property
     def _pieces(self) -> np.ndarray:
-        """int64 [pieces, 2]: the first input of each, and how many tokens it predicts."""
-        begins = np.concatenate([[0], self.ends]).astype(np.int64)[:-1]
-        predicted = self.ends - begins - 1
-        if predicted.size and predicted.min() < 1:
-            document = int(np.argmin(predicted))
-            raise DataError(
-                f"document {document} has {predicted[document] + 1} tokens; leave out what "
-                "has fewer than 2"
-            )
-        count = -(-predicted // self.sequence_length)
-        number = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-        offset = number * self.sequence_length
-        left = np.repeat(predicted, count) - offset
-        return np.stack(
-            [np.repeat(begins, count) + offset, np.minimum(left, self.sequence_length)], axis=1
-        )
+        return pieces(self.ends, self.sequence_length)
 
     @cached_property
     def rows(self) -> Rows:
@@ -203,13 +229,10 @@ class PackedDocuments:
     @cached_property
     def identity(self) -> dict[str, str | int]:
         """What two runs must share to see the same samples under the same ids."""
-        ids = hashlib.blake2b(self.tokens.dtype.str.encode(), digest_size=8)
-        ids.update(np.ascontiguousarray(self.tokens).data)
-        ids.update(np.ascontiguousarray(self.ends, np.int64).data)
         return {
             "packing": f"first-fit-decreasing/{WINDOW}",
             "sequence_length": self.sequence_length,
             "tokenizer": self.tokenizer,
             "samples": len(self),
-            "tokens": ids.hexdigest(),
+            "tokens": digest_of(self.tokens, self.ends),
         }

@@ -69,6 +69,8 @@ def any_value(hint: Any) -> st.SearchStrategy[Any]:
     """Values that a type hint allows."""
     if len(alternatives(hint)) > 1:
         return st.one_of(*(any_value(part) for part in alternatives(hint)))
+    if get_origin(hint) is tuple:
+        return st.lists(any_value(get_args(hint)[0]), max_size=3).map(tuple)
     if get_origin(hint) is Literal:
         return st.sampled_from(get_args(hint))
     if get_origin(hint) is Annotated:
@@ -89,8 +91,10 @@ HINTS = {
     (name, key): hint
     for name, cls in section_classes().items()
     for key, hint in field_hints(cls).items()
-    if f"{name}.{key}" not in ("data.path", "plan.file", "plan.cluster", "train.plan_schedule")
-}
+    if f"{name}.{key}" not in (
+        "data.path", "plan.file", "plan.cluster", "train.plan_schedule", "buckets.plans",
+    )
+}  # fmt: skip
 """All but the paths, which must lead somewhere."""
 
 

@@ -106,6 +106,8 @@ CASES = {
 def case(name):
     """A model, where it is to run, and all its plans with their prices, the fastest first."""
     seed, blocks, devices, outside, work, options = CASES[name]
+    # The oracle knows no interleaved plans; test_interleave.py is about those.
+    options = replace(options, interleave=False)
     graph = small_model(seed, blocks, outside=outside)
     hosts = 2 if name == "two hosts" else 1
     cluster = cluster_of(devices // hosts, hosts)
@@ -225,7 +227,7 @@ def test_among_plans_of_one_stage_the_formula_decides():
 )
 def test_the_plan_for_a_gpt_is_the_best_of_all_chains(devices, hosts, memory, work, options):
     cluster = cluster_of(devices // hosts, hosts, memory)
-    result = search(gpt(), cluster, work, options)
+    result = search(gpt(), cluster, work, replace(options, interleave=False))
     assert_is_consistent(result, gpt(), cluster, work, options)
     best_s = fastest_by_chains(gpt(), cluster, work, options)
     assert result.cost.step_s == pytest.approx(best_s, rel=EXACT)
@@ -248,7 +250,7 @@ def test_with_an_epsilon_no_shape_that_was_left_out_is_better_than_the_bound(
     best_s = fastest_by_chains(graph, cluster, work, pins)
     worse = []
     for epsilon in (0.05, 0.2, 0.5):
-        options = replace(pins, epsilon=epsilon)
+        options = replace(pins, epsilon=epsilon, interleave=False)
         result = search(graph, cluster, work, options)
         assert_is_consistent(result, graph, cluster, work, options)
         objective = result.plan.objective
