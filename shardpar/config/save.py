@@ -26,6 +26,7 @@ def to_yaml(config: AnyConfig) -> str:
     Returns:
       Text of a .yaml file that `load` reads back to an equal config.
 
+    >>> from shardpar.config.schema import RunConfig
     >>> to_yaml(RunConfig()).splitlines()[3:5]
     ['model:', '  source: gpt']
     """
@@ -47,6 +48,7 @@ def to_gin(config: AnyConfig) -> str:
     Returns:
       Text of a .gin file that `load` reads back to an equal config.
 
+    >>> from shardpar.config.schema import RunConfig
     >>> to_gin(RunConfig()).splitlines()[3:4]
     ["model.source = 'gpt'"]
     """

@@ -85,7 +85,7 @@ def section_classes(config: type[AnyConfig] = RunConfig) -> dict[str, type]:
     """The dataclass of each section but `model`, whose keys are the model file's to name.
 
     >>> sorted(section_classes())[:4]
-    ['buckets', 'checkpoint', 'data', 'optimizer']
+    ['buckets', 'checkpoint', 'data', 'dispatch']
     >>> "table" in section_classes(SparseConfig)
     True
     """
