@@ -23,24 +23,22 @@ from shardpar.capture.trace import Captured
 from shardpar.errors import PlanError
 from shardpar.lowering.device_groups import GroupPrograms
 from shardpar.lowering.elsewhere import absent, first_device, in_order, is_here, placed
-from shardpar.lowering.homes import Home, Homes, Move
+from shardpar.lowering.homes import Homes, Move
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
 from shardpar.lowering.options import ProgramOptions
-from shardpar.lowering.ready import Ready
 from shardpar.lowering.routes import Routes, backwards, routes_of
-from shardpar.lowering.separable import require_separable
-from shardpar.lowering.spread import spread
+from shardpar.lowering.saving import Saving
+from shardpar.lowering.separable import require_elementwise, require_separable
 from shardpar.lowering.stage_programs import Arrays, StagePrograms
 from shardpar.lowering.stages import StageLayouts
 from shardpar.lowering.state import Gathered, TrainState
 from shardpar.lowering.step_under_way import StepUnderWay
-from shardpar.lowering.transfer import Transfer
+from shardpar.lowering.together import Together, gathered_over, share_out, sliced_leaves
 from shardpar.lowering.union import UnionArray
 from shardpar.spec.check import check
 from shardpar.spec.layout import Group, Layout
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan
-from shardpar.spec.reshard import Tensor, fuse
 from shardpar.spec.schedule import Task, tasks
 from shardpar.spec.select import strategies
 
@@ -53,6 +51,7 @@ class PipelinedProgram:
       groups: the programs of each group of devices.
       order: the tasks of a step, as they are dispatched.
       homes: which groups hold each array of the state.
+      gathered_homes: which groups hold what of the gradients of a step.
     """
 
     def __init__(
@@ -74,10 +73,12 @@ class PipelinedProgram:
 
         Raises:
           PlanError: the plan does not fit the model or the devices, or the optimizer
-            couples parameters.
+            couples parameters, or elements of one where the plan cuts parameters up.
         """
         check(plan, captured.graph)
         require_separable(optimizer, captured.model.params)
+        if plan.zero == "pipelines":
+            require_elementwise(optimizer, captured.model.params)
         self.captured, self.plan, self.options = captured, plan, options
         self.optimizer = optimizer
         self.devices = tuple(jax.devices() if devices is None else devices)
@@ -97,7 +98,14 @@ class PipelinedProgram:
         for number in range(len(plan.pipelines)):
             self._add_pipeline(number)
         self._refuse_separate_variables()
-        self.homes = Homes(self._whole_shapes(), [g.shapes for g in self.groups], self.devices)
+        slices = {} if plan.zero == "none" else share_out(self.groups, self.devices)
+        whole = self._whole_shapes()
+        self.homes = Homes(
+            whole, [g.shapes for g in self.groups], self.devices,
+            slices=sliced_leaves(whole, slices),
+        )  # fmt: skip
+        self.gathered_homes = gathered_over(self.groups, slices, self.devices)
+        self._together = Together(self.groups, self.homes, self.gathered_homes, self.devices)
         self._run_now: StepUnderWay | None = None
 
     def _cut(self, number: int, training: bool = True) -> Segments:
@@ -191,35 +199,19 @@ class PipelinedProgram:
     @property
     def saved_shapes(self) -> TrainState:
         """What a checkpoint of its state holds, and where it is restored to."""
-        return self._saved_homes.first_shapes()  # type: ignore[no-any-return]
+        return self._saving.shapes
 
     def to_saved(self, state: TrainState) -> TrainState:
         """The state as a checkpoint holds it: one array per leaf."""
-        if jax.process_count() == 1:
-            return self.homes.first_copies(state)  # type: ignore[no-any-return]
-        moved = self._saving(self.homes.unions(state), donate=False)
-        return self._saved_homes.settled(moved)  # type: ignore[no-any-return]
+        return self._saving.to_saved(state)
 
     def from_saved(self, saved: TrainState) -> TrainState:
         """The state from what a checkpoint was restored to; the copies are made."""
-        go = {path: home.layout for path, home in self.homes.leaves.items()}
-        moved = Move(go, self.devices)(self._saved_homes.unions(saved))
-        return self.homes.settled(moved)  # type: ignore[no-any-return]
+        return self._saving.from_saved(saved)
 
     @cached_property
-    def _saved_homes(self) -> Homes:
-        """Where a checkpoint's arrays lie: the first copies, or over all processes' devices."""
-        whole = self._whole_shapes()
-        if jax.process_count() == 1:
-            part = self.homes.first_shapes()
-        else:
-            part = jax.tree.map(lambda leaf: spread(leaf, self.used_devices), whole)
-        return Homes(whole, [part], self.devices, single=True)
-
-    @cached_property
-    def _saving(self) -> Move:
-        go = {path: home.layout for path, home in self._saved_homes.leaves.items()}
-        return Move(go, self.devices)
+    def _saving(self) -> Saving:
+        return Saving(self.homes, self._whole_shapes(), self.used_devices, self.devices)
 
     def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Parameters and other variables, whole, on one device of the first process."""
@@ -309,7 +301,7 @@ class PipelinedProgram:
         of_groups = [self._of_group(n, "params", params) for n in range(len(self.groups))]
         variables = [self._of_group(n, "rest", rest) for n in range(len(self.groups))]
         grads, stats, after = self._run(of_groups, variables, batch)
-        sums = self._spread_sums(stats)
+        sums = self._together.spread_sums(stats)
         parts = [Gathered(*of_group) for of_group in zip(grads, sums, after, strict=True)]
         return self.gathered_homes.joined(parts)  # type: ignore[no-any-return]
 
@@ -363,11 +355,10 @@ class PipelinedProgram:
         for task in self.order:
             run.do(task)
         grads = [
-            group.finish.call(gathered) if group.is_here else absent(group.gathered_shapes.grads)
+            group.finish.call(gathered) if group.is_here else absent(group.finished_shapes)
             for group, gathered in zip(self.groups, run.gathered, strict=True)
         ]
-        if self._shared:
-            self._sum_shared(grads)
+        self._together.sum_gradients(grads)
         after = []
         for group, counters, local in zip(self.groups, run.counters, run.local, strict=True):
             if group.is_here and group.advance:
@@ -378,99 +369,15 @@ class PipelinedProgram:
     def _applied(
         self, parts: list[TrainState], grads: list[Arrays], stats: list[Any], rest: list[Arrays]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        sums = [
-            squares.call(of_group, {name: g[name] for name in names})
-            if squares
-            else absent(group.sums_shape)
-            for group, (names, squares), of_group, g in zip(
-                self.groups, self._squares, stats, grads, strict=True
-            )
-        ]
-        sums = self._spread_sums(sums)
+        sums = self._together.sums(stats, grads)
+        parts = self._together.cut(parts)
         metrics: dict[str, jax.Array] = {}
         after = []
         for group, *given in zip(self.groups, parts, grads, sums, rest, strict=True):
             new, found = group.update.call(*given) if group.is_here else (given[0], {})
             after.append(new)
             metrics = metrics or found
-        return self.homes.joined(after), metrics
-
-    @cached_property
-    def gathered_homes(self) -> Homes:
-        """Which groups hold what of the gradients of a step."""
-        model = self.captured.model
-        whole = Gathered(
-            {
-                name: jax.ShapeDtypeStruct(leaf.shape, np.float32)
-                for name, leaf in model.params.items()
-            },
-            jax.ShapeDtypeStruct((2,), np.float32),
-            dict(model.rest),
-        )
-        return Homes(whole, [g.gathered_shapes for g in self.groups], self.devices)
-
-    @cached_property
-    def _shared(self) -> dict[str, Home]:
-        """Parameters that several groups hold, with the home of their gradients."""
-        homes = {
-            name: self.gathered_homes.leaves[f".grads['{name}']"]
-            for name in self.captured.model.params
-        }
-        return {name: home for name, home in homes.items() if len(home.groups) > 1}
-
-    @cached_property
-    def _squares(self) -> list[tuple[list[str], Ready | None]]:
-        """By group, the parameters whose squares it counts, each once, and what adds them."""
-        first = {
-            name: self.gathered_homes.leaves[f".grads['{name}']"].groups[0]
-            for name in self.captured.model.params
-        }
-        out = []
-        for n, group in enumerate(self.groups):
-            mine = [name for name in group.names if first[name] == n]
-            out.append((mine, group.squares(mine) if group.is_here else None))
-        return out
-
-    @cached_property
-    def _summing(self) -> Transfer:
-        tensors = [
-            Tensor(home.across("partial"), home.layout, tuple(home.shapes[0].shape), 4)
-            for home in self._shared.values()
-        ]
-        return Transfer(fuse(tensors), [np.dtype(np.float32)] * len(tensors), self.devices)
-
-    def _sum_shared(self, grads: list[Arrays]) -> None:
-        """Sums what several groups hold the gradient of: a reshard from addends to copies."""
-        unions = [
-            home.union([grads[n][name] for n in home.groups], "partial")
-            for name, home in self._shared.items()
-        ]
-        for (name, home), union in zip(
-            self._shared.items(), self._summing(unions, donate=True), strict=True
-        ):
-            for n, array in zip(home.groups, home.settled(union).arrays, strict=True):
-                grads[n][name] = array
-
-    @cached_property
-    def _everywhere(self) -> Mapping[int, tuple[Home, Transfer]]:
-        """What sums so many scalars over all groups and gives every group the sum."""
-        out = {}
-        for count in (2, 3):
-            shapes = tuple(
-                jax.ShapeDtypeStruct((count,), np.float32, sharding=g.whole) for g in self.groups
-            )
-            home = Home.of(tuple(range(len(self.groups))), shapes, self.devices)
-            tensor = Tensor(home.across("partial"), home.layout, (count,), 4)
-            out[count] = home, Transfer(fuse([tensor]), [np.dtype(np.float32)], self.devices)
-        return out
-
-    def _spread_sums(self, sums: list[Any]) -> list[Any]:
-        """Scalars summed over all groups, on every group."""
-        if len(self.groups) == 1:
-            return sums
-        home, transfer = self._everywhere[sums[0].size]
-        (union,) = transfer([home.union(sums, "partial")], donate=True)
-        return list(home.settled(union).arrays)
+        return self.homes.joined(self._together.whole(after)), metrics
 
     @cached_property
     def routes(self) -> Routes:
@@ -489,7 +396,7 @@ class PipelinedProgram:
 
     def compile(self) -> None:
         """Compiles all programs of the step, so that the first one takes no longer."""
-        jobs: list[Callable[[], Any]] = [lambda: self._squares]
+        jobs: list[Callable[[], Any]] = [self._together.prepare]
         for group in self.groups:
             jobs += [lambda g=group: (g.prepare, g.finish, g.advance, g.update)]  # type: ignore[misc]
             jobs += [lambda s=stage: s.backward for stage in group.stages.values()]  # type: ignore[misc]
@@ -524,7 +431,7 @@ class PipelinedProgram:
             for g, x in zip(self.groups, sums, strict=True)
         ]
         mine = next(n for n, group in enumerate(self.groups) if group.is_here)
-        total = self._spread_sums(zeros)[mine]
+        total = self._together.spread_sums(zeros)[mine]
         return total[0], total[1]
 
     @cached_property

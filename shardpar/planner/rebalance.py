@@ -64,7 +64,9 @@ def rebalanced(
     pipelines = tuple(
         one.pipeline_of(share, active) for one, share in zip(dealt, shares, strict=True) if share
     )
-    found = replace(plan, global_batch=batch, pipelines=pipelines, objective=None)
+    # A single pipeline has nobody to share its state with.
+    zero = plan.zero if len(pipelines) > 1 else "none"
+    found = replace(plan, global_batch=batch, pipelines=pipelines, objective=None, zero=zero)
     return with_peaks(found, graph, cluster, workload)
 
 
