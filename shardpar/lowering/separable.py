@@ -60,14 +60,14 @@ a plan of one stage
             )
 
 
-_ELEMENT_BY_ELEMENT = frozenset(
-    "abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil "
-    "clamp convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor "
-    "ge gt imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter "
-    "not or pow real reduce_precision rem round rsqrt select_n shift_left "
-    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan "
-    "tanh xor".split()
-)
+_NAMES = """
+abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt imag
+integer_pow is_finite le lgamma log log1p logistic lt max min mul ne neg nextafter not or pow real
+reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical
+sign sin sinh sqrt square stop_gradient sub tan tanh xor
+"""
+_ELEMENT_BY_ELEMENT = frozenset(_NAMES.split())
 """Primitives whose results have in each place what comes of their operands in that place."""
 
 _UNIFORM, _IN_PLACE, _OTHER = range(3)

@@ -23,7 +23,7 @@ from shardpar.lowering.shardings import group_of
 from shardpar.lowering.stage_programs import Arrays
 from shardpar.lowering.state import Gathered, TrainState, named_by
 from shardpar.lowering.transfer import Transfer
-from shardpar.spec.layout import Layout, SplitAcross
+from shardpar.spec.layout import SplitAcross
 from shardpar.spec.reshard import Tensor, fuse
 from shardpar.spec.zero import sliced
 

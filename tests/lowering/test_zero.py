@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+import shardpar
+from shardpar.capture.trace import trace
 from shardpar.errors import PlanError
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.pipelined import PipelinedProgram
@@ -27,18 +32,93 @@ from tests.lowering.test_pipelined import (
     trained,
 )
 from tests.lowering.test_rescue import poisoned
-from tests.lowering.tiny import BATCH, batches, captured, uniform
 
-SIZES = {"layers": 2, "width": 32}
 STEPS = 3
-OPTIONS = ProgramOptions(gradient_clip=0.5)
+OPTIONS = ProgramOptions(gradient_clip=0.01)
+BATCH, LENGTH, VOCAB, WIDTH, HIDDEN = 8, 4, 10, 6, 8
+
+
+def array(rngs, shape, names):
+    return nnx.Param(jax.random.normal(rngs.params(), shape) * 0.5, out_sharding=names)
+
+
+@shardpar.layer
+class Embed(nnx.Module):
+    """A table that the head reads too."""
+
+    def __init__(self, rngs):
+        self.table = array(rngs, (VOCAB, WIDTH), ("vocab", "embed"))
+
+    def __call__(self, ids):
+        return self.table[...][ids]
+
+
+@shardpar.layer
+class Block(nnx.Module):
+    """Two products that tensor parallelism can split."""
+
+    def __init__(self, rngs):
+        self.up = array(rngs, (WIDTH, HIDDEN), ("embed", "mlp"))
+        self.down = array(rngs, (HIDDEN, WIDTH), ("mlp", "embed"))
+        self.bias = array(rngs, (WIDTH,), ("embed",))
+
+    def __call__(self, x):
+        return x + nnx.tanh(x @ self.up[...]) @ self.down[...] + self.bias[...]
+
+
+@shardpar.layer
+class Head(nnx.Module):
+    """Logits, and a factor with one index, which nothing can cut."""
+
+    def __init__(self, rngs):
+        self.heat = nnx.Param(jnp.ones((1,)))
+
+    def __call__(self, x, table):
+        return x @ table.T * self.heat[...]
+
+
+class Net(nnx.Module):
+    """What is trained."""
+
+    def __init__(self, rngs):
+        self.embed, self.head = Embed(rngs), Head(rngs)
+        self.blocks = nnx.List([Block(rngs) for _ in range(2)])
+
+    def __call__(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x, self.embed.table[...])
+
+
+def loss(model, batch):
+    losses = optax.softmax_cross_entropy_with_integer_labels(model(batch["ids"]), batch["next"])
+    return jnp.sum(losses * batch["counts"]), jnp.sum(batch["counts"])
+
+
+def batches(count):
+    rng = np.random.default_rng(3)
+    shape = (BATCH, LENGTH)
+    return [
+        {
+            "ids": rng.integers(0, VOCAB, shape).astype(np.int32),
+            "next": rng.integers(0, VOCAB, shape).astype(np.int32),
+            "counts": rng.integers(0, 3, shape).astype(np.float32),
+        }
+        for _ in range(count)
+    ]
+
+
+@cache
+def net():
+    return trace(loss, Net, batches(1)[0])
 
 
 def unequal(zero="pipelines"):
-    """TP2 by two stages beside single devices by three; the first splits its state by zero1 too."""
+    """TP2 by two stages beside single devices by three; tokens count unequally."""
     wide = (
         stage([0, 1], "embed..blocks[0]", tensor=("a",)),
-        stage([2, 3], "blocks[1]..outside", zero1=("a",)),
+        stage([2, 3], "blocks[1]..outside", tensor=("a",)),
     )
     thin = (
         stage([4], "embed"),
@@ -48,6 +128,10 @@ def unequal(zero="pipelines"):
     return replace(plan_over(Pipeline(6, 2, wide), Pipeline(2, 1, thin)), zero=zero)
 
 
+def one_device():
+    return plan_over(Pipeline(BATCH, BATCH, (stage([0], "embed..outside"),)))
+
+
 def rule():
     return optax.adamw(3e-3, mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params))
 
@@ -55,18 +139,18 @@ def rule():
 @cache
 def single():
     """Losses and gradient norms, and the state, of one device that clips by the global norm."""
-    program = Program(captured(**SIZES), uniform(1), rule(), OPTIONS)
-    return trained(program, STEPS)
+    program = Program(net(), one_device(), rule(), OPTIONS)
+    return trained(program, source=batches(STEPS))
 
 
 @cache
 def programs():
-    return Programs(captured(**SIZES), rule(), OPTIONS)
+    return Programs(net(), rule(), OPTIONS)
 
 
 @cache
 def run():
-    return trained(programs().program(unequal()), STEPS)
+    return trained(programs().program(unequal()), source=batches(STEPS))
 
 
 def on_device(tree, device):
@@ -92,15 +176,28 @@ def test_the_state_is_that_of_one_device_and_parameters_are_equal_in_every_copy(
         assert len({np.asarray(array).tobytes() for array in union.arrays}) == 1, name
 
 
-def test_the_optimizer_state_lies_once_over_the_pipelines():
-    program, (state, _) = programs().program(unequal()), run()
-    sizes = {name: leaf.size for name, leaf in captured(**SIZES).model.params.items()}
+def test_the_optimizer_state_lies_once_over_the_pipelines_but_for_what_has_one_index():
+    state, _ = run()
+    sizes = {name: leaf.size for name, leaf in net().model.params.items()}
     for moments in (state.optimizer[0].mu, state.optimizer[0].nu):
-        for name, union in moments.items():
-            assert len(union.arrays) > 1, name
-            assert sum(array.size for array in union.arrays) == sizes[name], name
+        held = {name: sum(array.size for array in u.arrays) for name, u in moments.items()}
+        assert held == {**sizes, "head.heat": 2}
+    # Without, each group keeps all; the tied table is in the first and the last of both.
     every = programs().program(unequal("none")).init(0)
-    copies = sum(array.size for u in every.optimizer[0].mu.values() for array in u.arrays)
-    # The tied table lies in the first and the last stage of both pipelines.
-    table = sizes["embed.table"]
-    assert copies == 2 * sum(sizes.values()) + 2 * table
+    copies = {n: sum(a.size for a in u.arrays) for n, u in every.optimizer[0].mu.items()}
+    assert copies == {n: (4 if n == "embed.table" else 2) * size for n, size in sizes.items()}
+
+
+def test_each_device_has_the_bytes_of_optimizer_state_that_the_layouts_say():
+    program, (state, _) = programs().program(unequal()), run()
+    found = holdings(program.plan, program.captured.graph)
+    for device in program.plan.devices:
+        expected = sum(
+            4 * math.prod(piece.shape)
+            for holding in found.values()
+            for group in holding.in_optimizer.pieces(holding.parameter.shape)
+            for piece in group
+            if piece.device == device
+        )
+        got = on_device(state.optimizer[0].mu, program.devices[device])
+        assert got == expected, device
