@@ -113,6 +113,15 @@ that works element by element, such as adamw, or leave zero out of the plan
         _require_in_place(closed.jaxpr, given)
 
 
+def is_elementwise(optimizer: optax.GradientTransformation, params: Mapping[str, Any]) -> bool:
+    """Whether a parameter may be updated slice by slice."""
+    try:
+        require_elementwise(optimizer, params)
+    except PlanError:
+        return False
+    return True
+
+
 def _require_in_place(jaxpr: Any, given: Sequence[int]) -> list[int]:
     """What the outputs of a program are, when its inputs are so."""
     found: dict[Any, int] = {}
