@@ -1,7 +1,7 @@
 """How a state over several groups of devices becomes one array per leaf for a checkpoint, and back.
 
 In one process a leaf is saved from its first copy, where it lies. Slices that groups have of a
-leaf, and all leaves of several processes, are brought together over all devices first.
+leaf, and all leaves of several processes, are brought together over many devices first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cached_property
 import jax
 
 from shardpar.lowering.homes import Homes, Move
-from shardpar.lowering.spread import spread
+from shardpar.lowering.spread import spread, spread_once
 from shardpar.lowering.state import TrainState
 
 
@@ -37,7 +37,11 @@ class Saving:
         self.homes, self.devices = homes, tuple(devices)
         apart = jax.process_count() > 1
         places = [
-            spread(leaf, used) if apart or home.is_sliced else home.shapes[0]
+            spread(leaf, used)
+            if apart
+            else spread_once(leaf, used)
+            if home.is_sliced
+            else home.shapes[0]
             for leaf, home in zip(jax.tree.leaves(whole), homes.leaves.values(), strict=True)
         ]
         part = jax.tree.structure(whole).unflatten(places)
