@@ -296,6 +296,9 @@ def layer_cost(
         mine = updated / 2
     # The optimizer reads and writes master weights, gradient and its own slots once.
     update_s += mine * 4 * (3 + 2 * workload.optimizer_slots) / speed.memory_bandwidth
+    if shares:
+        # Slices are cut out of the parameters, and the parameters put together again.
+        update_s += 2 * 4 * (mine + stored) / speed.memory_bandwidth
     if setting.pipelines > 1:
         # Pipelines sum their gradients once a step, over the network, in float32.
         link = setting.cluster.inter_host

@@ -35,8 +35,7 @@ class SearchOptions:
       pipelines: over unequal devices, 1 for a single pipeline, 2 for two or more; None
         lets the planner choose.
       zero: over unequal devices, whether pipelines keep the optimizer state once between them:
-        pipelines or none; None looks at it where the best plan without it makes do with less
-        memory: it recomputes or splits parameters by fsdp, or none fits.
+        pipelines or none; None lets the planner choose.
       fix: pin some layers by hand, the rest is completed:
         "blocks[0:4] tensor=2 recompute=full; head fsdp=1".
       epsilon: how far from the best a plan may be, as a share of its step; the gap

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,6 +32,9 @@ from shardpar.spec.select import every_layer
 
 RESCORE_WITHIN = 0.1
 """Plans slower by this share, by the formula, may still be taken if the simulator says so."""
+
+WORTH_SHARING = 1e-3
+"""Pipelines share optimizer state out if that saves this part of a step; it binds them together."""
 
 
 @dataclass(frozen=True)
@@ -127,13 +130,15 @@ def search(
             if options.pipelines == 2:
                 # A single pipeline was only there for want of several.
                 floor, solved, unsolved = chosen.lower_bound_s, [], deque()
-        shared = _sharing(problem, [*combined, *map(_alone, solved)])
+        shared = _sharing(problem)
         if shared is not None:
             if options.zero == "pipelines":
                 combined, solved, unsolved, floor, best_s = [], [], deque(), math.inf, math.inf
-            chosen = best_combination(shared, best_s, near=most, within=RESCORE_WITHIN)
+            # What is left to gain is memory traffic of the update, unless memory is short.
+            cutoff = best_s * (1 - WORTH_SHARING)
+            chosen = best_combination(shared, cutoff, near=most, within=RESCORE_WITHIN)
             if chosen is None:
-                floor = min(floor, best_s * (1 - options.epsilon) * shared.slack)
+                floor = min(floor, cutoff * (1 - options.epsilon) * shared.slack)
             else:
                 combined += [
                     Candidate(step_s, pipelines, "pipelines")
@@ -179,17 +184,10 @@ def _alone(found: Found) -> Candidate:
     return Candidate(found.step_s, (found.pipeline,))
 
 
-def _sharing(problem: Problem, found: Sequence[Candidate]) -> Problem | None:
-    """The same with optimizer state kept once over pipelines; None if that need not be looked at.
-
-    Args:
-      problem: without.
-      found: the best candidates without, the first the best.
-    """
+def _sharing(problem: Problem) -> Problem | None:
+    """The same with optimizer state kept once over pipelines; None if that is out of question."""
     options = problem.options
     if options.zero == "none" or options.pipelines == 1 or not problem.workload.elementwise:
-        return None
-    if options.zero is None and found and not _saves_memory(min(found, key=lambda c: c.step_s)):
         return None
     several = replace(options, pipelines=2)
     return Problem(problem.graph, problem.cluster, problem.workload, several, "pipelines")
@@ -211,16 +209,6 @@ def _check_zero(problem: Problem) -> None:
             "zero is pinned to pipelines, but the optimizer reads other elements of a parameter "
             "to update one; leave zero out, or use a rule such as adamw"
         )
-
-
-def _saves_memory(candidate: Candidate) -> bool:
-    """Whether some layer takes longer than it need for want of memory."""
-    return any(
-        strategy.fsdp or strategy.recompute != "none"
-        for pipeline in candidate.pipelines
-        for stage in pipeline.stages
-        for strategy in stage.layers
-    )
 
 
 def _next_best(
