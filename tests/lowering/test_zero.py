@@ -20,6 +20,8 @@ from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.pipelined import PipelinedProgram
 from shardpar.lowering.program import Program
 from shardpar.lowering.switch import Programs
+from shardpar.planner.cost import plan_cost
+from shardpar.planner.setting import Workload
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.spec.plan import Pipeline
 from shardpar.spec.zero import holdings
@@ -32,6 +34,7 @@ from tests.lowering.test_pipelined import (
     trained,
 )
 from tests.lowering.test_rescue import poisoned
+from tests.planner.cases import cluster_of
 
 STEPS = 3
 OPTIONS = ProgramOptions(gradient_clip=0.01)
@@ -284,3 +287,20 @@ def test_an_optimizer_that_needs_whole_parameters_is_refused_in_words():
     with pytest.raises(PlanError, match=r'for one element reads others \(by "reduce_sum"\)'):
         PipelinedProgram(net(), unequal(), optax.lamb(1e-2))
     PipelinedProgram(net(), unequal("none"), optax.lamb(1e-2))
+
+
+def test_the_planner_predicts_the_bytes_of_optimizer_state_on_each_device():
+    program, (state, _) = programs().program(unequal()), run()
+    graph, plan = program.captured.graph, program.plan
+    cost = plan_cost(plan, graph, cluster_of(7), Workload(BATCH, loops=False))
+    table = holdings(plan, graph)["embed.table"].in_optimizer.pieces((VOCAB, WIDTH))
+    size = {p.device: math.prod(p.shape) for pieces in table for p in pieces}
+    stages = [of for pipeline in plan.pipelines for of in pipeline.stages]
+    for of, priced in zip(stages, cost.stages, strict=True):
+        predicted = sum(layer.optimizer_bytes for _, layer in priced.layers)
+        if "head" in [name for name, _ in priced.layers]:
+            # A tied reader's copy of a parameter is in no prediction; it has a slice of it too.
+            predicted += 2 * 4 * size[of.devices[0]]
+        moments = state.optimizer[0]
+        got = [on_device((moments.mu, moments.nu), program.devices[d]) for d in of.devices]
+        assert got == [predicted] * len(of.devices)
