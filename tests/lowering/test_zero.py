@@ -304,3 +304,30 @@ def test_the_planner_predicts_the_bytes_of_optimizer_state_on_each_device():
         moments = state.optimizer[0]
         got = [on_device((moments.mu, moments.nu), program.devices[d]) for d in of.devices]
         assert got == [predicted] * len(of.devices)
+
+
+def test_other_plans_compute_and_the_shared_optimizer_state_does_not_move():
+    program, kept = programs().program(unequal()), programs()
+    state, seen = program.init(0), []
+    for batch in batches(2):
+        before = {id(x) for x in jax.tree.leaves(state)}
+        gathered = kept.accumulate(program, state, one_device(), batch)
+        assert {id(x) for x in jax.tree.leaves(state)} == before
+        state, metrics = program.apply(state, gathered)
+        seen.append([float(metrics[key]) for key in ("loss", "grad_norm")])
+    np.testing.assert_allclose(seen, single()[1][:2], rtol=2e-5)
+    lent = [move for (_, _, kind), move in kept._moves.items() if kind == "weights"]
+    sizes = sum(leaf.size for leaf in net().model.params.values())
+    # Float32 parameters and nothing else go to the device that computes.
+    assert [move.resolved.bytes_received[0] for move in lent] == [4 * sizes - on_owner(program)]
+
+
+def on_owner(program):
+    """Bytes of parameters that device 0 has already."""
+    return sum(
+        4 * math.prod(piece.shape)
+        for holding in holdings(program.plan, program.captured.graph).values()
+        for pieces in holding.at_rest.pieces(holding.parameter.shape)
+        for piece in pieces
+        if piece.device == 0
+    )
