@@ -49,7 +49,8 @@ def sliced(groups: Sequence[Group], shape: tuple[int, ...]) -> Layout:
     found = [a for dim in range(len(shape)) if (a := _across(copies, dim, shape)) is not None]
     if not found:
         return copies
-    return Layout(copies.groups, min(found, key=lambda a: (_largest(a), len(a.blocks))))
+    best: SplitAcross = min(found, key=lambda a: (_largest(a), len(a.blocks)))
+    return Layout(copies.groups, best)
 
 
 def _across(copies: Layout, dim: int, shape: tuple[int, ...]) -> SplitAcross | None:
