@@ -6,7 +6,8 @@ parameter is held once per group, whichever of its stages read it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -31,6 +32,7 @@ from shardpar.lowering.state import (
     state_shapes,
 )
 from shardpar.lowering.update import updated
+from shardpar.spec.layout import Spans
 
 
 class GroupPrograms:
@@ -42,7 +44,8 @@ class GroupPrograms:
       is_here: whether any of its devices is this process's.
       stages: its stages' programs, by the stage's number.
       names: the parameters it holds.
-      shapes: its part of the state, with shardings.
+      regions: of parameters whose optimizer state it has a slice of only, the indices it has
+        of each dim.
     """
 
     def __init__(
@@ -86,13 +89,15 @@ class GroupPrograms:
         self.rest_names = tuple(
             name for name in captured.model.rest if name in cut.counters or name in local
         )
+        self.regions: Mapping[str, tuple[Spans, ...]] = {}
 
     @cached_property
     def shapes(self) -> TrainState:
         """ShapeDtypeStructs of the group's part of the state."""
         return state_shapes(
-            self.captured.model, self.optimizer, self.layouts, self.names, self.rest_names
-        )
+            self.captured.model, self.optimizer, self.layouts, self.names, self.rest_names,
+            {name: size_of(region) for name, region in self.regions.items()},
+        )  # fmt: skip
 
     def gradient_sharding(self, name: str) -> NamedSharding:
         """How the gradient of a parameter lies here when the optimizer reads it."""
@@ -107,12 +112,20 @@ class GroupPrograms:
             mine = {name: constrain(params[name], self.layouts.stored(name)) for name in self.names}
             return TrainState(
                 mine,
-                self.optimizer.init(mine),
+                self.optimizer.init({name: self._slice(name, x) for name, x in mine.items()}),
                 {name: rest[name] for name in self.rest_names},
                 jnp.int32(0),
             )
 
         return in_order(jax.jit(init, out_shardings=shardings_of(self.shapes)))
+
+    def _slice(self, name: str, whole: Any) -> Any:
+        """What the group updates of a parameter."""
+        for dim, spans in enumerate(self.regions.get(name, ())):
+            if spans != ((0, whole.shape[dim]),):
+                parts = [jax.lax.slice_in_dim(whole, a, b, axis=dim) for a, b in spans]
+                whole = jnp.concatenate(parts, axis=dim)
+        return whole
 
     @cached_property
     def prepare(self) -> Ready:
@@ -147,20 +160,40 @@ class GroupPrograms:
     def _scalars(self, count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count,), jnp.float32, sharding=self.whole)
 
-    def _gradient_shapes(self, names: Iterable[str]) -> dict[str, jax.ShapeDtypeStruct]:
+    @cached_property
+    def finished_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """ShapeDtypeStructs of its addends of gradients, each of a whole parameter."""
         return {
             name: jax.ShapeDtypeStruct(
                 self.captured.model.params[name].shape,
                 jnp.float32,
                 sharding=self.gradient_sharding(name),
             )
-            for name in names
+            for name in self.names
         }
 
     @cached_property
     def gathered_shapes(self) -> Gathered:
-        """ShapeDtypeStructs of what the group gathers in a step."""
-        return Gathered(self._gradient_shapes(self.names), self._scalars(2), self.shapes.rest)
+        """ShapeDtypeStructs of what the group has gathered in a step, summed over groups."""
+        grads = {name: self._sliced(name, s) for name, s in self.finished_shapes.items()}
+        return Gathered(grads, self._scalars(2), self.shapes.rest)
+
+    @cached_property
+    def update_shapes(self) -> TrainState:
+        """ShapeDtypeStructs of what its update reads and makes: of parameters, what it updates."""
+        params = {
+            name: self._sliced(name, shape, self.gradient_sharding(name))
+            for name, shape in self.shapes.params.items()
+        }
+        return replace(self.shapes, params=params)
+
+    def _sliced(
+        self, name: str, whole: jax.ShapeDtypeStruct, sharding: NamedSharding | None = None
+    ) -> jax.ShapeDtypeStruct:
+        if name not in self.regions:
+            return whole
+        size = size_of(self.regions[name])
+        return jax.ShapeDtypeStruct(size, whole.dtype, sharding=sharding or whole.sharding)
 
     @property
     def sums_shape(self) -> jax.ShapeDtypeStruct:
@@ -176,7 +209,7 @@ class GroupPrograms:
             for s, stage in self.stages.items():
                 for name, g in stage.gradients(gathered[s]).items():
                     grads[name] = grads[name] + g if name in grads else g
-            for name, shape in self.gathered_shapes.grads.items():
+            for name, shape in self.finished_shapes.items():
                 grads.setdefault(name, jnp.zeros(shape.shape, shape.dtype))
             return grads
 
@@ -207,7 +240,8 @@ class GroupPrograms:
             return jnp.concatenate([sums, total[None]])
 
         jitted = jax.jit(squares, out_shardings=self.whole)
-        return Ready(jitted, self._scalars(2), self._gradient_shapes(counts))
+        shapes = {name: self.gathered_shapes.grads[name] for name in counts}
+        return Ready(jitted, self._scalars(2), shapes)
 
     @cached_property
     def advance(self) -> Ready | None:
@@ -235,8 +269,15 @@ class GroupPrograms:
                 state, grads, rest, total, weight, norm, self.optimizer, self.options
             )  # fmt: skip
 
-        jitted = jax.jit(
-            update, out_shardings=(shardings_of(self.shapes), self.whole), donate_argnums=0
-        )
-        grads = self._gradient_shapes(self.names)
-        return Ready(jitted, self.shapes, grads, self._scalars(3), self.shapes.rest)
+        state, grads = self.update_shapes, self.gathered_shapes.grads
+        jitted = jax.jit(update, out_shardings=(shardings_of(state), self.whole), donate_argnums=0)
+        return Ready(jitted, state, grads, self._scalars(3), self.shapes.rest)
+
+
+def size_of(region: tuple[Spans, ...]) -> tuple[int, ...]:
+    """The shape of the indices of each dim.
+
+    >>> size_of((((0, 2), (4, 6)), ((0, 3),)))
+    (4, 3)
+    """
+    return tuple(sum(stop - start for start, stop in spans) for spans in region)

@@ -12,12 +12,12 @@ import numpy as np
 from shardpar.capture.segments import Segments
 from shardpar.lowering.device_groups import GroupPrograms
 from shardpar.lowering.elsewhere import absent, in_order, placed
-from shardpar.lowering.group_sums import GroupSums
 from shardpar.lowering.microbatches import shortest_loop
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.routes import routes_of
 from shardpar.lowering.stage_programs import StagePrograms
 from shardpar.lowering.state import TrainState
+from shardpar.lowering.together import Together
 
 
 class Evaluation:
@@ -27,7 +27,7 @@ class Evaluation:
         self,
         cut: Segments,
         of_stage: Mapping[int, GroupPrograms],
-        sums: GroupSums,
+        together: Together,
         options: ProgramOptions,
         devices: tuple[jax.Device, ...],
     ) -> None:
@@ -36,11 +36,11 @@ class Evaluation:
         Args:
           cut: the model in eval mode, for a micro-batch, in stages.
           of_stage: the group of each stage.
-          sums: of all groups.
+          together: sums of all groups.
           options: dtype, loops.
           devices: of the cluster, in order.
         """
-        self._of_stage, self._sums = of_stage, sums
+        self._of_stage, self._together = of_stage, together
         self._stages = {
             s: StagePrograms(
                 cut, s, group.stages[s].layouts, shortest_loop(options), options.compute_dtype
@@ -61,7 +61,7 @@ class Evaluation:
         self, parts: list[TrainState], batch: Mapping[str, Any]
     ) -> tuple[jax.Array, jax.Array]:
         """(loss sum, weight) of one micro-batch, from each group's part of the state."""
-        groups = self._sums.groups
+        groups = list(self._together.groups)
         arrived: dict[int, dict[int, jax.Array]] = {s: {} for s in self._stages}
         sums = [absent(g.gathered_shapes.sums) if not g.is_here else None for g in groups]
         for s, stage in self._stages.items():
@@ -85,5 +85,5 @@ class Evaluation:
             for g, x in zip(groups, sums, strict=True)
         ]
         mine = next(n for n, group in enumerate(groups) if group.is_here)
-        total = self._sums.scalars(zeros)[mine]
+        total = self._together.spread_sums(zeros)[mine]
         return total[0], total[1]

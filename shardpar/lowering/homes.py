@@ -1,7 +1,8 @@
 """Which groups of devices hold each array of a state, and how: a layout for every leaf.
 
 An array that several groups hold, because pipelines are copies of one another or a layer
-reads another stage's parameter, is one array over a union of groups.
+reads another stage's parameter, is one array over a union of groups: a copy in each, or a
+slice where they share it out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from shardpar.lowering.shardings import group_of
 from shardpar.lowering.transfer import Transfer
 from shardpar.lowering.union import UnionArray
 from shardpar.lowering.wires import rehomed
-from shardpar.spec.layout import Across, Layout
+from shardpar.spec.layout import Across, Layout, SplitAcross
 from shardpar.spec.reshard import Reshard, Tensor, fuse
 from shardpar.spec.surviving import survivors
 
@@ -27,13 +28,15 @@ class Home:
 
     Attributes:
       groups: numbers of the groups that hold it, the first counts as the original.
-      shapes: one for each of them, with its sharding.
-      layout: of the whole, a copy in each group.
+      shapes: what each of them holds, with its sharding.
+      layout: a copy in each group, or a slice.
+      shape: of the whole array.
     """
 
     groups: tuple[int, ...]
     shapes: tuple[jax.ShapeDtypeStruct, ...]
     layout: Layout
+    shape: tuple[int, ...]
 
     @classmethod
     def of(
@@ -41,17 +44,34 @@ class Home:
         groups: tuple[int, ...],
         shapes: tuple[jax.ShapeDtypeStruct, ...],
         devices: Sequence[jax.Device],
+        across: Across = "dup",
+        shape: tuple[int, ...] | None = None,
     ) -> Home:
-        """From the shardings in the groups."""
-        return cls(groups, shapes, Layout(tuple(group_of(s.sharding, devices) for s in shapes)))
+        """From the shardings in the groups.
+
+        Args:
+          groups: their numbers.
+          shapes: what each holds.
+          devices: of the cluster, in order.
+          across: whether they hold copies or slices.
+          shape: of the whole; None where they hold copies.
+        """
+        layout = Layout(tuple(group_of(s.sharding, devices) for s in shapes), across)
+        return cls(groups, shapes, layout, tuple(shapes[0].shape if shape is None else shape))
+
+    @property
+    def is_sliced(self) -> bool:
+        """Whether each group holds a slice and none a copy."""
+        return self.layout.across != "dup"
 
     def across(self, what: Across) -> Layout:
         """The same groups with another top tier; one group has none."""
         return self.layout if len(self.groups) == 1 else Layout(self.layout.groups, what)
 
-    def union(self, arrays: Sequence[jax.Array], across: Across = "dup") -> UnionArray:
-        """The groups' arrays as one."""
-        return UnionArray(tuple(arrays), self.across(across), tuple(self.shapes[0].shape))
+    def union(self, arrays: Sequence[jax.Array], across: Across | None = None) -> UnionArray:
+        """The groups' arrays as one; `across` says what they are if not what lies here."""
+        layout = self.layout if across is None else self.across(across)
+        return UnionArray(tuple(arrays), layout, self.shape)
 
     def settled(self, union: UnionArray) -> UnionArray:
         """The same pieces under the shardings that the groups' programs are compiled for."""
@@ -78,6 +98,7 @@ class Homes:
         devices: Sequence[jax.Device],
         *,
         single: bool = False,
+        slices: Mapping[str, SplitAcross] = {},
     ) -> None:
         """Finds out who holds what.
 
@@ -86,9 +107,11 @@ class Homes:
           parts: what each group holds of it, with shardings.
           devices: of the cluster, in order.
           single: leaves are arrays, not unions.
+          slices: leaves of which groups hold slices, by path.
         """
         self.parts, self.devices, self.single = tuple(parts), tuple(devices), single
-        self.paths, self._whole = _flatten(whole)
+        every, self._whole = _flatten(whole)
+        self.paths = list(every)
         place = {path: i for i, path in enumerate(self.paths)}
         self._part_places, self._structures = [], []
         held: list[list[tuple[int, Any]]] = [[] for _ in self.paths]
@@ -101,7 +124,8 @@ class Homes:
         self.leaves: dict[str, Home] = {}
         for path, owners in zip(self.paths, held, strict=True):
             numbers, shapes = zip(*owners, strict=True)
-            self.leaves[path] = Home.of(numbers, shapes, devices)
+            across, shape = slices.get(path, "dup"), tuple(every[path].shape)
+            self.leaves[path] = Home.of(numbers, shapes, devices, across, shape)
         self._homes = list(self.leaves.values())
 
     def joined(self, parts: Sequence[Any]) -> Any:
@@ -136,7 +160,7 @@ class Homes:
         return self._whole.unflatten([x.arrays[0] for x in leaves] if self.single else leaves)
 
     def first_copies(self, whole: Any) -> Any:
-        """A whole tree with one array per leaf: its first copy."""
+        """A whole tree with one array per leaf: its first copy, or the first group's slice."""
         return self._whole.unflatten([union.arrays[0] for union in self.unions(whole).values()])
 
     def first_shapes(self) -> Any:

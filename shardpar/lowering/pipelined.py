@@ -25,19 +25,19 @@ from shardpar.errors import PlanError
 from shardpar.lowering.device_groups import GroupPrograms
 from shardpar.lowering.elsewhere import absent, first_device, is_here, placed
 from shardpar.lowering.evaluating import Evaluation
-from shardpar.lowering.group_sums import GroupSums
 from shardpar.lowering.homes import Homes, Move
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.routes import Routes, backwards, routes_of
-from shardpar.lowering.separable import require_separable
+from shardpar.lowering.saving import Saving
+from shardpar.lowering.separable import require_elementwise, require_separable
 from shardpar.lowering.shares import Order, counts_of, place, shares_of
-from shardpar.lowering.spread import spread
 from shardpar.lowering.stage_programs import Arrays
 from shardpar.lowering.stages import StageLayouts
 from shardpar.lowering.state import Gathered, TrainState
 from shardpar.lowering.step_under_way import StepUnderWay
+from shardpar.lowering.together import Together, gathered_over, share_out, sliced_leaves
 from shardpar.lowering.union import UnionArray
 from shardpar.spec.check import check
 from shardpar.spec.layout import Group, Layout
@@ -58,6 +58,7 @@ class PipelinedProgram:
       order_of: from the micro-batches of each pipeline to the order of a step's tasks.
       order: that of the plan's own step.
       homes: which groups hold each array of the state.
+      gathered_homes: which groups hold what of the gradients of a step.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class PipelinedProgram:
 
         Raises:
           PlanError: the plan does not fit the model or the devices, or the optimizer
-            couples parameters.
+            couples parameters, or elements of one where the plan cuts parameters up.
         """
         check(plan, captured.graph)
         self.of_pipelines = tuple(of_pipelines) or (captured,) * len(plan.pipelines)
@@ -91,6 +92,8 @@ class PipelinedProgram:
                 check(replace(plan, global_batch=pipeline.sequences, pipelines=(pipeline,)),
                       own.graph)  # fmt: skip
         require_separable(optimizer, captured.model.params)
+        if plan.zero == "pipelines":
+            require_elementwise(optimizer, captured.model.params)
         self.captured, self.plan, self.options = captured, plan, options
         self.optimizer = optimizer
         self.devices = tuple(jax.devices() if devices is None else devices)
@@ -108,7 +111,14 @@ class PipelinedProgram:
         for number in range(len(plan.pipelines)):
             self._add_pipeline(number)
         self._refuse_separate_variables()
-        self.homes = Homes(self._whole_shapes(), [g.shapes for g in self.groups], self.devices)
+        slices = {} if plan.zero == "none" else share_out(self.groups, self.devices)
+        whole = self._whole_shapes()
+        self.homes = Homes(
+            whole, [g.shapes for g in self.groups], self.devices,
+            slices=sliced_leaves(whole, slices),
+        )  # fmt: skip
+        self.gathered_homes = gathered_over(self.groups, slices, self.devices)
+        self._together = Together(self.groups, self.homes, self.gathered_homes, self.devices)
         self._run_now: StepUnderWay | None = None
 
     def _cut(self, number: int, training: bool = True) -> Segments:
@@ -199,35 +209,19 @@ class PipelinedProgram:
     @property
     def saved_shapes(self) -> TrainState:
         """What a checkpoint of its state holds, and where it is restored to."""
-        return self._saved_homes.first_shapes()  # type: ignore[no-any-return]
+        return self._saving.shapes
 
     def to_saved(self, state: TrainState) -> TrainState:
         """The state as a checkpoint holds it: one array per leaf."""
-        if jax.process_count() == 1:
-            return self.homes.first_copies(state)  # type: ignore[no-any-return]
-        moved = self._saving(self.homes.unions(state), donate=False)
-        return self._saved_homes.settled(moved)  # type: ignore[no-any-return]
+        return self._saving.to_saved(state)
 
     def from_saved(self, saved: TrainState) -> TrainState:
         """The state from what a checkpoint was restored to; the copies are made."""
-        go = {path: home.layout for path, home in self.homes.leaves.items()}
-        moved = Move(go, self.devices)(self._saved_homes.unions(saved))
-        return self.homes.settled(moved)  # type: ignore[no-any-return]
+        return self._saving.from_saved(saved)
 
     @cached_property
-    def _saved_homes(self) -> Homes:
-        """Where a checkpoint's arrays lie: the first copies, or over all processes' devices."""
-        whole = self._whole_shapes()
-        if jax.process_count() == 1:
-            part = self.homes.first_shapes()
-        else:
-            part = jax.tree.map(lambda leaf: spread(leaf, self.used_devices), whole)
-        return Homes(whole, [part], self.devices, single=True)
-
-    @cached_property
-    def _saving(self) -> Move:
-        go = {path: home.layout for path, home in self._saved_homes.leaves.items()}
-        return Move(go, self.devices)
+    def _saving(self) -> Saving:
+        return Saving(self.homes, self._whole_shapes(), self.used_devices, self.devices)
 
     def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Parameters and other variables, whole, on one device of the first process."""
@@ -306,7 +300,7 @@ class PipelinedProgram:
         of_groups = [self._of_group(n, "params", params) for n in range(len(self.groups))]
         variables = [self._of_group(n, "rest", rest) for n in range(len(self.groups))]
         grads, stats, after = self._run(of_groups, variables, self._shares(batch))
-        sums = self.sums.scalars(stats)
+        sums = self._together.spread_sums(stats)
         parts = [Gathered(*of_group) for of_group in zip(grads, sums, after, strict=True)]
         return self.gathered_homes.joined(parts)  # type: ignore[no-any-return]
 
@@ -368,10 +362,10 @@ class PipelinedProgram:
         for task in run.order.tasks:
             run.do(task)
         grads = [
-            group.finish.call(gathered) if group.is_here else absent(group.gathered_shapes.grads)
+            group.finish.call(gathered) if group.is_here else absent(group.finished_shapes)
             for group, gathered in zip(self.groups, run.gathered, strict=True)
         ]
-        self.sums.gradients(grads)
+        self._together.sum_gradients(grads)
         after = []
         for group, counters, local in zip(self.groups, run.counters, run.local, strict=True):
             if group.is_here and group.advance:
@@ -382,42 +376,15 @@ class PipelinedProgram:
     def _applied(
         self, parts: list[TrainState], grads: list[Arrays], stats: list[Any], rest: list[Arrays]
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        sums = [
-            squares.call(of_group, {name: g[name] for name in names})
-            if squares
-            else absent(group.sums_shape)
-            for group, (names, squares), of_group, g in zip(
-                self.groups, self.sums.squares, stats, grads, strict=True
-            )
-        ]
-        sums = self.sums.scalars(sums)
+        sums = self._together.sums(stats, grads)
+        parts = self._together.cut(parts)
         metrics: dict[str, jax.Array] = {}
         after = []
         for group, *given in zip(self.groups, parts, grads, sums, rest, strict=True):
             new, found = group.update.call(*given) if group.is_here else (given[0], {})
             after.append(new)
             metrics = metrics or found
-        return self.homes.joined(after), metrics
-
-    @cached_property
-    def gathered_homes(self) -> Homes:
-        """Which groups hold what of the gradients of a step."""
-        model = self.captured.model
-        whole = Gathered(
-            {
-                name: jax.ShapeDtypeStruct(leaf.shape, np.float32)
-                for name, leaf in model.params.items()
-            },
-            jax.ShapeDtypeStruct((2,), np.float32),
-            dict(model.rest),
-        )
-        return Homes(whole, [g.gathered_shapes for g in self.groups], self.devices)
-
-    @cached_property
-    def sums(self) -> GroupSums:
-        """What groups sum among themselves."""
-        names = list(self.captured.model.params)
-        return GroupSums(self.groups, self.gathered_homes, names, self.devices)
+        return self.homes.joined(self._together.whole(after)), metrics
 
     @cached_property
     def routes(self) -> Routes:
@@ -432,7 +399,7 @@ class PipelinedProgram:
 
     def compile(self) -> None:
         """Compiles all programs of the step, so that the first one takes no longer."""
-        jobs: list[Callable[[], Any]] = [lambda: self.sums.squares]
+        jobs: list[Callable[[], Any]] = [self._together.prepare]
         for group in self.groups:
             jobs += [lambda g=group: (g.prepare, g.finish, g.advance, g.update)]  # type: ignore[misc]
             jobs += [lambda s=stage: s.backward for stage in group.stages.values()]  # type: ignore[misc]
@@ -448,7 +415,7 @@ class PipelinedProgram:
         """Compiles what `add` and `apply` run."""
         for group in self.groups:
             _ = (group.add, group.update) if group.is_here else None
-        _ = self.sums.squares
+        self._together.prepare()
 
     def evaluate(self, state: TrainState, batch: Mapping[str, Any]) -> tuple[jax.Array, jax.Array]:
         """(loss sum, weight) of one micro-batch of the first pipeline, in Flax's eval mode."""
@@ -459,7 +426,7 @@ class PipelinedProgram:
     def _evaluation(self) -> Evaluation:
         of_stage = {s: self._of_stage[0, s] for s in range(len(self.pipeline.stages))}
         cut_ = self._cut(0, training=False)
-        return Evaluation(cut_, of_stage, self.sums, self.options, self.devices)
+        return Evaluation(cut_, of_stage, self._together, self.options, self.devices)
 
 
 def _owners(

@@ -33,6 +33,23 @@ def spread(leaf: Any, devices: Sequence[jax.Device]) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def spread_once(leaf: Any, devices: Sequence[jax.Device]) -> jax.ShapeDtypeStruct:
+    """The shape of a leaf with a sharding that has no copies, over as many devices as it can.
+
+    Args:
+      leaf: anything with shape and dtype.
+      devices: of one process; the first of them are taken.
+
+    >>> spread_once(jax.ShapeDtypeStruct((3,), "float32"), jax.devices()[:2]).sharding.num_devices
+    1
+    """
+    for count in range(len(devices), 0, -1):
+        mesh = Mesh.factored(count)
+        if sum(map(len, cut_finely(tuple(leaf.shape), mesh))) == len(mesh.names):
+            break
+    return spread(leaf, devices[:count])
+
+
 def cut_finely(shape: tuple[int, ...], mesh: Mesh) -> tuple[tuple[str, ...], ...]:
     """The axes of each dim: each axis cuts the longest pieces that it can cut evenly.
 

@@ -55,6 +55,7 @@ def state_shapes(
     layouts: StageLayouts,
     params: Iterable[str] | None = None,
     rest: Iterable[str] | None = None,
+    sizes: Mapping[str, tuple[int, ...]] = {},
 ) -> TrainState:
     """ShapeDtypeStructs of a state, each with its sharding: a target to restore into.
 
@@ -64,6 +65,7 @@ def state_shapes(
       layouts: where everything lies.
       params: of a group of devices that holds some parameters only; None takes all.
       rest: the same of other variables.
+      sizes: of the slices of parameters whose optimizer state the group has a slice of only.
 
     Raises:
       PlanError: the optimizer cannot be initialised for these parameters alone.
@@ -74,8 +76,12 @@ def state_shapes(
     def with_sharding(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+    updated = {
+        name: jax.ShapeDtypeStruct(sizes.get(name, leaf.shape), leaf.dtype)
+        for name, leaf in held.items()
+    }
     try:
-        shapes = jax.eval_shape(optimizer.init, held)
+        shapes = jax.eval_shape(optimizer.init, updated)
     except (KeyError, TypeError, ValueError) as error:
         if len(held) == len(model.params):
             raise
@@ -87,7 +93,7 @@ def state_shapes(
 
     def place(path: Any, leaf: Any) -> Any:
         name = named_by(path, held)
-        if name and leaf.shape == held[name].shape:
+        if name and leaf.shape == updated[name].shape:
             return with_sharding(leaf, gradient_sharding(name, layouts))
         return with_sharding(leaf, whole)
 

@@ -9,7 +9,8 @@ state, plus what the forward saves for the backward, plus the largest scratch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from shardpar.planner.profile import Rates
@@ -20,6 +21,7 @@ from shardpar.spec.graph import DTYPE_BYTES, OUTSIDE, LayerClass, LayerGraph
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan
 from shardpar.spec.schedule import held
 from shardpar.spec.select import strategies
+from shardpar.spec.zero import holdings
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,12 @@ def plan_cost(plan: Plan, graph: LayerGraph, cluster: Cluster, workload: Workloa
     """
     steps_s: list[float] = []
     stages: list[StageCost] = []
+    slices = _slices(plan, graph)
     for pipeline in plan.pipelines:
         costs = []
         for number in range(len(pipeline.stages)):
             setting = setting_of(plan, pipeline, pipeline.stages[number], graph, cluster, workload)
-            costs.append(stage_cost(pipeline, number, graph, setting))
+            costs.append(stage_cost(pipeline, number, graph, setting, slices))
         steps_s.append(pipeline_s(pipeline, [cost.microbatch_s for cost in costs]))
         stages += _together(pipeline, costs)
     return PlanCost(max(steps_s), max(cost.peak_bytes for cost in stages), tuple(stages))
@@ -164,12 +167,43 @@ def _together(pipeline: Pipeline, costs: list[StageCost]) -> list[StageCost]:
     return [replace(cost, peak_bytes=peaks[s % groups]) for s, cost in enumerate(costs)]
 
 
-def stage_cost(pipeline: Pipeline, number: int, graph: LayerGraph, setting: Setting) -> StageCost:
-    """Prices one stage of a pipeline."""
+def _slices(plan: Plan, graph: LayerGraph) -> Mapping[tuple[int, str], float]:
+    """Elements of a layer's parameters that a device updates, by device and layer.
+
+    Only where pipelines share optimizer state out: elsewhere a layer's strategy says it.
+    """
+    if plan.zero == "none":
+        return {}
+    layer_of = {name: layer.name for name, layer, _ in graph.parameters}
+    found: dict[tuple[int, str], float] = defaultdict(float)
+    for name, holding in holdings(plan, graph).items():
+        for pieces in holding.in_optimizer.pieces(holding.parameter.shape):
+            for piece in pieces:
+                found[piece.device, layer_of[name]] += math.prod(piece.shape)
+    return found
+
+
+def stage_cost(
+    pipeline: Pipeline,
+    number: int,
+    graph: LayerGraph,
+    setting: Setting,
+    slices: Mapping[tuple[int, str], float] = {},
+) -> StageCost:
+    """Prices one stage of a pipeline.
+
+    Args:
+      pipeline: that the stage is of.
+      number: the stage's.
+      graph: the model.
+      setting: of the stage.
+      slices: elements of a layer's parameters that a device updates, where the layer's
+        strategy does not say it.
+    """
     stage = pipeline.stages[number]
     chosen = strategies(stage, graph)
     speed, count = setting.speed, pipeline.num_microbatches
-    priced: dict[tuple[str, LayerStrategy], LayerCost] = {}
+    priced: dict[tuple[str, LayerStrategy, float | None], LayerCost] = {}
     layers: list[tuple[str, LayerCost]] = []
     moves_s = 0.0
     before: LayerStrategy | None = None
@@ -177,9 +211,11 @@ def stage_cost(pipeline: Pipeline, number: int, graph: LayerGraph, setting: Sett
         if layer.name not in chosen:
             continue
         strategy = chosen[layer.name]
-        cls, key = graph.class_of(layer), (layer.class_name, strategy)
+        # The tied reader of a parameter has a slice of it that is not in its own layers' bytes.
+        mine = slices.get((setting.devices[0], layer.name)) if slices else None
+        cls, key = graph.class_of(layer), (layer.class_name, strategy, mine)
         if key not in priced:
-            priced[key] = layer_cost(cls, strategy, setting)
+            priced[key] = layer_cost(cls, strategy, setting, mine)
         layers.append((layer.name, priced[key]))
         if before is not None:
             moves_s += border_s(cls, before, strategy, setting)
@@ -218,8 +254,18 @@ def stage_cost(pipeline: Pipeline, number: int, graph: LayerGraph, setting: Sett
     )
 
 
-def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> LayerCost:
-    """Prices one layer of a class under a strategy, for one micro-batch on one device."""
+def layer_cost(
+    cls: LayerClass, strategy: LayerStrategy, setting: Setting, mine: float | None = None
+) -> LayerCost:
+    """Prices one layer of a class under a strategy, for one micro-batch on one device.
+
+    Args:
+      cls: the layer's.
+      strategy: how it runs.
+      setting: where, and how often.
+      mine: elements of its parameters that the device updates where pipelines share optimizer
+        state out; None, where the other pipelines are not known, counts a half: two share.
+    """
     mesh, workload = setting.mesh, setting.workload
     # XLA is free in what lies outside all layers: nothing there is recomputed.
     recompute = "none" if cls.name == OUTSIDE else strategy.recompute
@@ -243,12 +289,21 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
 
     tensor_s = math.fsum(t.seconds(setting) for t in activation_traffic(cls, strategy, setting))
     gather_s, sync_s, update_s, cross_s = held_by.gather_s, held_by.sync_s, held_by.update_s, 0.0
+    shares = setting.zero == "pipelines" and setting.pipelines > 1
+    if not shares:
+        mine = updated
+    elif mine is None:
+        mine = updated / 2
     # The optimizer reads and writes master weights, gradient and its own slots once.
-    update_s += updated * 4 * (3 + 2 * workload.optimizer_slots) / speed.memory_bandwidth
+    update_s += mine * 4 * (3 + 2 * workload.optimizer_slots) / speed.memory_bandwidth
+    if shares:
+        # Slices are cut out of the parameters, and the parameters put together again.
+        update_s += 2 * 4 * (mine + stored) / speed.memory_bandwidth
     if setting.pipelines > 1:
         # Pipelines sum their gradients once a step, over the network, in float32.
         link = setting.cluster.inter_host
-        cross_s = 2 * updated * 4 / link.bandwidth + link.latency_s
+        # A reduction to slices and a gather of them send as much, in two goes.
+        cross_s = 2 * updated * 4 / link.bandwidth + (2 if shares else 1) * link.latency_s
 
     accumulates = setting.num_microbatches > 1
     if accumulates:
@@ -260,7 +315,7 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
         copies += stored * item
     gradients = stored * item + (updated * 4 if accumulates else 0.0)
     # Some backends copy what the optimizer reads and writes (CPU_EXTRA_COPIES says why).
-    copies += speed.extra_copies * updated * 4 * workload.optimizer_slots
+    copies += speed.extra_copies * mine * 4 * workload.optimizer_slots
     inner = share / degree
     gathers = strategy.gathers
     kept = cls.saved(recompute, gathers) - cls.input_bytes
@@ -302,7 +357,7 @@ def layer_cost(cls: LayerClass, strategy: LayerStrategy, setting: Setting) -> La
         cross_s,
         parameter_bytes=stored * 4 + copies,
         gradient_bytes=gradients,
-        optimizer_bytes=updated * 4 * workload.optimizer_slots,
+        optimizer_bytes=mine * 4 * workload.optimizer_slots,
         saved_bytes=saved + entering,
         scratch_bytes=scratch,
     )

@@ -23,7 +23,7 @@ from shardpar.planner.traffic import arrival_s, border_axes, border_s
 from shardpar.spec.check import check_layer
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import OUTSIDE, LayerGraph
-from shardpar.spec.plan import LayerStrategy, Pipeline, Stage
+from shardpar.spec.plan import LayerStrategy, Pipeline, Stage, Zero
 from shardpar.spec.schedule import held
 from shardpar.spec.select import selector, strategies
 
@@ -84,10 +84,10 @@ class Dealt:
 
     def __init__(
         self, pipeline: Pipeline, graph: LayerGraph, cluster: Cluster, workload: Workload,
-        options: SearchOptions, tensor_dims: tuple[str, ...],
+        options: SearchOptions, tensor_dims: tuple[str, ...], zero: Zero = "none",
     ) -> None:  # fmt: skip
         self.pipeline, self.graph, self.cluster = pipeline, graph, cluster
-        self.workload, self.tensor_dims = workload, tensor_dims
+        self.workload, self.tensor_dims, self.zero = workload, tensor_dims, zero
         self.limits = [
             min(cluster.kind_of(d).memory_bytes for d in stage.devices) * options.memory_fraction
             for stage in pipeline.stages
@@ -195,7 +195,7 @@ class Dealt:
         stage, chosen = self.pipeline.stages[number], self.chosen[number]
         setting = Setting(
             self.cluster, stage.devices, stage.mesh, self.graph.batch, self.pipeline.microbatch,
-            count, self.workload, 2, self.tensor_dims,
+            count, self.workload, 2, self.tensor_dims, self.zero,
         )  # fmt: skip
         known: dict[tuple[str, LayerStrategy], LayerCost | None] = {}
         rows = []

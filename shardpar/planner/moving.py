@@ -1,27 +1,25 @@
 """What changing from one plan to another moves: bytes of state, and seconds on the links.
 
-Parameters and optimizer state lie as their strategies say, a copy in each pipeline. A piece
-crosses if its device does not have it yet; where several devices have it, senders are chosen as
-for any reshard (HotSPa's fused batched send-receive, SOSP'24). What only lost devices had is
-read from a checkpoint.
+Parameters and optimizer state lie as their strategies say, a copy or a slice in each pipeline.
+A piece crosses if its device does not have it yet; where several devices have it, senders are
+chosen as for any reshard (HotSPa's fused batched send-receive, SOSP'24). What only lost devices
+had is read from a checkpoint.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from shardpar.planner.setting import Workload
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.exchange import Demand, Have, Want, demands
 from shardpar.spec.graph import DTYPE_BYTES, LayerGraph, Parameter
-from shardpar.spec.layout import Group
-from shardpar.spec.mesh import GroupLayout
-from shardpar.spec.parameters import optimizer_layout, parameter_layout
+from shardpar.spec.layout import Layout
 from shardpar.spec.plan import Plan
 from shardpar.spec.routing import Routing, route
-from shardpar.spec.select import strategies
+from shardpar.spec.zero import holdings
 
 
 @dataclass(frozen=True)
@@ -37,10 +35,6 @@ class Moving:
     moved_bytes: float
     restored_bytes: float
     move_s: float
-
-
-_Holding = tuple[Group, ...]
-"""The groups that hold an array, a copy each."""
 
 
 def moving(
@@ -63,11 +57,12 @@ def moving(
       lost: devices whose memory is gone.
       restore_bandwidth: bytes per second at which a checkpoint is read, all devices together.
     """
-    counts: dict[tuple[Parameter, _Holding, _Holding], float] = defaultdict(float)
-    before, after = _holdings(old, graph), _holdings(new, graph)
-    for key, (parameter, at_rest, in_optimizer) in before.items():
-        counts[parameter, at_rest, after[key][1]] += 1
-        counts[parameter, in_optimizer, after[key][2]] += workload.optimizer_slots
+    counts: dict[tuple[Parameter, Layout, Layout], float] = defaultdict(float)
+    before, after = holdings(old, graph), holdings(new, graph)
+    for name, here in before.items():
+        there = after[name]
+        counts[here.parameter, here.at_rest, there.at_rest] += 1
+        counts[here.parameter, here.in_optimizer, there.in_optimizer] += workload.optimizer_slots
     wanted: list[Demand] = []
     sizes: list[float] = []
     restored = 0.0
@@ -87,46 +82,20 @@ def moving(
     return Moving(moved, restored, busiest_s + restored / restore_bandwidth)
 
 
-def _holdings(plan: Plan, graph: LayerGraph) -> Mapping[str, tuple[Parameter, _Holding, _Holding]]:
-    """(parameter, who holds it, who holds its optimizer state) by its full name."""
-    found: dict[str, Parameter] = {}
-    groups: dict[str, tuple[list[Group], list[Group]]] = defaultdict(lambda: ([], []))
-    known: dict[tuple[tuple[int, ...], GroupLayout], Group] = {}
-    for pipeline in plan.pipelines:
-        for stage in pipeline.stages:
-            chosen = strategies(stage, graph)
-            for name, layer, parameter in graph.parameters:
-                if layer.name not in chosen:
-                    continue
-                found[name] = parameter
-                for where, layout_of in zip(
-                    groups[name], (parameter_layout, optimizer_layout), strict=True
-                ):
-                    layout = layout_of(parameter, chosen[layer.name], stage.mesh, plan.tensor_dims)
-                    key = stage.devices, layout
-                    if key not in known:
-                        known[key] = Group.of(stage.devices, layout)
-                    where.append(known[key])
-    return {
-        name: (parameter, tuple(groups[name][0]), tuple(groups[name][1]))
-        for name, parameter in found.items()
-    }
-
-
 def _demands(
-    parameter: Parameter, source: _Holding, target: _Holding, lost: Collection[int]
+    parameter: Parameter, source: Layout, target: Layout, lost: Collection[int]
 ) -> tuple[Demand, ...]:
     """The pieces that devices want and lack; those without owners are lost."""
     have = [
         Have(piece.device, 0, piece.spans)
-        for group in source
-        for piece in group.pieces(parameter.shape)
+        for pieces in source.pieces(parameter.shape)
+        for piece in pieces
         if piece.device not in lost
     ]
     want = [
         Want(piece.device, (0,), piece.spans)
-        for group in target
-        for piece in group.pieces(parameter.shape)
+        for pieces in target.pieces(parameter.shape)
+        for piece in pieces
     ]
     return demands(have, want)
 

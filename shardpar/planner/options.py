@@ -34,6 +34,8 @@ class SearchOptions:
       stages: pin the number of pipeline stages; None lets the planner choose.
       pipelines: over unequal devices, 1 for a single pipeline, 2 for two or more; None
         lets the planner choose.
+      zero: over unequal devices, whether pipelines keep the optimizer state once between them:
+        pipelines or none; None lets the planner choose.
       fix: pin some layers by hand, the rest is completed:
         "blocks[0:4] tensor=2 recompute=full; head fsdp=1".
       epsilon: how far from the best a plan may be, as a share of its step; the gap
@@ -58,6 +60,7 @@ class SearchOptions:
     microbatch: Degree | None = None
     stages: Degree | None = None
     pipelines: Annotated[int, Meta(ge=1, le=2)] | None = None
+    zero: Literal["none", "pipelines"] | None = None
     fix: str | None = None
     epsilon: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     rescore: Degree = 8

@@ -22,7 +22,7 @@ from shardpar.planner.traffic import arrival_s
 from shardpar.spec.cluster import Cluster, Link
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.mesh import Mesh
-from shardpar.spec.plan import LayerStrategy, Pipeline, Stage
+from shardpar.spec.plan import LayerStrategy, Pipeline, Stage, Zero
 from shardpar.spec.schedule import held
 
 Groups = tuple[tuple[int, ...], ...]
@@ -66,6 +66,7 @@ class Problem:
 
     Attributes:
       graph, cluster, workload, options: the search's arguments.
+      zero: "pipelines" to keep the optimizer state once over pipelines.
       rejected: strategies that are not legal, counted by reason.
       stuck: those of them that leave a layer without any.
     """
@@ -74,6 +75,7 @@ class Problem:
     cluster: Cluster
     workload: Workload
     options: SearchOptions
+    zero: Zero = "none"
     rejected: Counter[str] = field(default_factory=Counter)
     stuck: Counter[str] = field(default_factory=Counter)
 
@@ -123,7 +125,7 @@ class Problem:
             mesh = Mesh.factored(len(devices))
             setting = Setting(
                 self.cluster, devices, mesh, self.graph.batch, microbatch, count, self.workload,
-                pipelines=2, known=self._known.setdefault(alike, {}),
+                pipelines=2, zero=self.zero, known=self._known.setdefault(alike, {}),
             )  # fmt: skip
             costs: dict[tuple[str, LayerStrategy], LayerCost | None] = {}
             space = space_of(

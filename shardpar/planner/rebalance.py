@@ -53,7 +53,7 @@ def rebalanced(
       PlanError: no numbers of micro-batches add up to the batch.
     """
     dealt = [
-        Dealt(pipeline, graph, cluster, workload, options, plan.tensor_dims)
+        Dealt(pipeline, graph, cluster, workload, options, plan.tensor_dims, plan.zero)
         for pipeline in plan.pipelines
     ]
     batch = workload.global_batch
@@ -64,6 +64,9 @@ def rebalanced(
     pipelines = tuple(
         one.pipeline_of(share, active) for one, share in zip(dealt, shares, strict=True) if share
     )
+    if len(pipelines) == 1 and plan.zero != "none":
+        # It has nobody to share its state with, and must fit without.
+        return rebalanced(replace(plan, zero="none"), graph, cluster, workload, options)
     found = replace(plan, global_batch=batch, pipelines=pipelines, objective=None)
     return with_peaks(found, graph, cluster, workload)
 

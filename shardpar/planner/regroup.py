@@ -157,10 +157,12 @@ def regrouped(
       workload: batch, dtype and optimizer.
       options: pins, and how many of the best plans are played event by event.
     """
-    problem = Problem(graph, cluster, workload, options)
+    problem = Problem(graph, cluster, workload, options, options.zero or "none")
     known: dict[object, Found | None] = {}
     plans: dict[Plan, float] = {}
     for grouping in groupings(cluster, options, workload.compute_dtype):
+        if problem.zero == "pipelines" and len(grouping) == 1:
+            continue
         cutoff = (1 + WITHIN) * min(plans.values(), default=math.inf)
         plan = _planned(problem, grouping, known, cutoff)
         if plan is not None:
@@ -208,10 +210,10 @@ def _planned(
         found = _best_pipeline(problem, chain, share, len(grouping), known, cutoff)
         if found is not None:
             pipelines.append(found.pipeline)
-    if not pipelines:
+    if not pipelines or (problem.zero == "pipelines" and len(pipelines) == 1):
         return None
     total = sum(p.sequences for p in pipelines)
-    draft = Plan(cluster.name, total, tuple(pipelines))
+    draft = Plan(cluster.name, total, tuple(pipelines), zero=problem.zero)
     try:
         return rebalanced(draft, problem.graph, cluster, problem.workload, problem.options)
     except PlanError:

@@ -14,23 +14,28 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from shardpar.errors import PlanError
 from shardpar.planner.cost import PlanCost, plan_cost
 from shardpar.planner.infeasible import nothing_fits
 from shardpar.planner.interleave import Played, interleaved_bound_s, with_interleaving
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Found, Problem, Shape, best_pipeline, lower_bound, shapes
 from shardpar.planner.pipelines import best_combination
+from shardpar.planner.rebalance import with_peaks
 from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import simulate
 from shardpar.planner.strategies import describe
 from shardpar.planner.uniform import best_uniform
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import LayerGraph
-from shardpar.spec.plan import Objective, Pipeline, Plan
+from shardpar.spec.plan import Objective, Pipeline, Plan, Zero
 from shardpar.spec.select import every_layer
 
 RESCORE_WITHIN = 0.1
 """Plans slower by this share, by the formula, may still be taken if the simulator says so."""
+
+WORTH_SHARING = 1e-3
+"""Pipelines share optimizer state out if that saves this part of a step; it binds them together."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def search(
       PlanError: when the pins leave nothing to choose from.
     """
     problem = Problem(graph, cluster, workload, options)
+    _check_zero(problem)
     bounded = sorted(
         (
             (lower_bound(problem, shape), shape)
@@ -125,16 +131,38 @@ def search(
             if options.pipelines == 2:
                 # A single pipeline was only there for want of several.
                 floor, solved, unsolved = chosen.lower_bound_s, [], deque()
+        shared = _sharing(problem)
+        if shared is not None:
+            if options.zero == "pipelines":
+                combined, solved, unsolved, floor, best_s = [], [], deque(), math.inf, math.inf
+            # What is left to gain is memory traffic of the update, unless memory is short.
+            cutoff = best_s * (1 - WORTH_SHARING)
+            chosen = best_combination(shared, cutoff, near=most, within=RESCORE_WITHIN)
+            if chosen is None:
+                floor = min(floor, cutoff * (1 - options.epsilon) * shared.slack)
+            else:
+                combined += [
+                    Candidate(step_s, pipelines, "pipelines")
+                    for step_s, pipelines in ((chosen.step_s, chosen.pipelines), *chosen.near)
+                ]
+                floor, best_s = min(floor, chosen.lower_bound_s), chosen.step_s
+    if math.isinf(best_s) and options.zero == "pipelines":
+        raise PlanError(
+            "no plan fits in which several pipelines keep the optimizer state once between them; "
+            "leave zero out, so that single pipelines and fsdp may be chosen"
+        )
     if math.isinf(best_s):
         raise nothing_fits(graph, cluster, workload, options)
     solved += _next_best(problem, unsolved, best_s, options.rescore - 1)
-    alone = [Candidate(found.step_s, (found.pipeline,)) for found in solved]
+    alone = list(map(_alone, solved))
     step_s, plan, cost, simulated_s = _rescored(problem, [*combined, *alone], best_s)
     if any(pipeline.schedule == "interleaved" for pipeline in plan.pipelines):
         # Of a larger space than the one that was searched, the bound is less close.
         floor = min(floor, interleaved_bound_s(problem, _unequal(cluster)))
     plan = replace(plan, objective=Objective(step_s, min(floor, step_s), 0.0))
-    others = [c for c in [*combined, *alone] if c.pipelines != plan.pipelines]
+    others = [
+        c for c in [*combined, *alone] if (c.pipelines, c.zero) != (plan.pipelines, plan.zero)
+    ]
     return SearchResult(
         plan,
         cost,
@@ -153,6 +181,38 @@ class Candidate(NamedTuple):
 
     step_s: float
     pipelines: tuple[Pipeline, ...]
+    zero: Zero = "none"
+
+
+def _alone(found: Found) -> Candidate:
+    return Candidate(found.step_s, (found.pipeline,))
+
+
+def _sharing(problem: Problem) -> Problem | None:
+    """The same with optimizer state kept once over pipelines; None if that is out of question."""
+    options = problem.options
+    if options.zero == "none" or options.pipelines == 1 or not problem.workload.elementwise:
+        return None
+    several = replace(options, pipelines=2)
+    return Problem(problem.graph, problem.cluster, problem.workload, several, "pipelines")
+
+
+def _check_zero(problem: Problem) -> None:
+    options = problem.options
+    if options.zero != "pipelines":
+        return
+    several = _unequal(problem.cluster) and options.stages is None and options.pipelines != 1
+    if not several:
+        raise PlanError(
+            "zero is pinned to pipelines, which needs several of them, and those are planned over "
+            "unequal devices only, without stages pinned or pipelines=1; leave zero out, or use "
+            "zero1 or fsdp"
+        )
+    if not problem.workload.elementwise:
+        raise PlanError(
+            "zero is pinned to pipelines, but the optimizer reads other elements of a parameter "
+            "to update one; leave zero out, or use a rule such as adamw"
+        )
 
 
 def _next_best(
@@ -180,22 +240,37 @@ def _rescored(
     """
     workload, cluster = problem.workload, problem.cluster
     best: tuple[float, Plan, PlanCost, float] | None = None
-    for step_s, pipelines in sorted(candidates, key=lambda c: c.step_s)[: problem.options.rescore]:
+    ordered = sorted(candidates, key=lambda c: c.step_s)
+    for step_s, pipelines, zero in ordered[: problem.options.rescore]:
         if step_s > best_s * (1 + RESCORE_WITHIN):
             break
-        plan = Plan(cluster.name, workload.global_batch, pipelines)
+        plan = Plan(cluster.name, workload.global_batch, pipelines, zero=zero)
         cost = plan_cost(plan, problem.graph, cluster, workload)
+        if zero == "pipelines":
+            # Each was priced as if two shared; here it is known who does.
+            plan = with_peaks(plan, problem.graph, cluster, workload)
+            if not _fits(problem, plan):
+                continue
         if not math.isclose(cost.step_s, step_s, rel_tol=1e-9):
             # On its own devices a group may cross other links than the one it was priced on.
             step_s = cost.step_s
         played = Played(plan, cost, simulate(plan, cost).step_s)
-        if problem.options.rescore > 1:
+        if problem.options.rescore > 1 and zero == "none":
             played = with_interleaving(problem, played)
             step_s = step_s if played.plan is plan else played.cost.step_s
         if best is None or played.simulated_s < best[3] * (1 - 1e-9):
             best = step_s, *played
-    assert best is not None
+    if best is None:
+        raise nothing_fits(problem.graph, cluster, workload, problem.options)
     return best
+
+
+def _fits(problem: Problem, plan: Plan) -> bool:
+    return all(
+        (stage.peak_bytes or 0.0) <= problem.limit(stage.devices)
+        for pipeline in plan.pipelines
+        for stage in pipeline.stages
+    )
 
 
 def _unequal(cluster: Cluster) -> bool:
@@ -222,7 +297,8 @@ def _describe(plan: Plan, graph: LayerGraph) -> str:
             texts.append("; ".join(entries))
         turns = ", interleaved" if pipeline.schedule == "interleaved" else ""
         pipelines.append(" | ".join(texts) + f", micro-batch {pipeline.microbatch}{turns}")
-    return " || ".join(pipelines)
+    shared = ["optimizer state once over pipelines"] if plan.zero == "pipelines" else []
+    return " || ".join([*pipelines, *shared])
 
 
 def _runners_up(problem: Problem, step_s: float, others: list[Candidate]) -> Iterator[Scored]:
@@ -232,6 +308,8 @@ def _runners_up(problem: Problem, step_s: float, others: list[Candidate]) -> Ite
         rest.append(Candidate(uniform.step_s, (uniform.pipeline,)))
     for other in sorted(rest, key=lambda c: c.step_s):
         stages = [stage for pipeline in other.pipelines for stage in pipeline.stages]
-        plan = Plan(problem.cluster.name, problem.workload.global_batch, other.pipelines)
+        plan = Plan(
+            problem.cluster.name, problem.workload.global_batch, other.pipelines, zero=other.zero
+        )
         peak = max(stage.peak_bytes or 0.0 for stage in stages)
         yield Scored(_describe(plan, problem.graph), other.step_s, peak)

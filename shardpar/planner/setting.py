@@ -10,7 +10,7 @@ from shardpar.planner.profile import Rates, link_over, rates
 from shardpar.spec.cluster import Cluster, Link
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.mesh import Axes, Mesh
-from shardpar.spec.plan import TENSOR_DIMS, Pipeline, Plan, Stage
+from shardpar.spec.plan import TENSOR_DIMS, Pipeline, Plan, Stage, Zero
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,15 @@ class Workload:
       optimizer_slots: arrays of a parameter's size the optimizer keeps: 2 for Adam.
       loops: whether long chains of equal layers run as one loop, which keeps a
         stacked copy of their parameters in the compute dtype.
+      elementwise: whether the optimizer updates each element from itself alone, so that a
+        parameter may be updated slice by slice.
     """
 
     global_batch: int
     compute_dtype: str = "float32"
     optimizer_slots: float = 2.0
     loops: bool = True
+    elementwise: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Setting:
       num_microbatches: of one step.
       pipelines: how many pipelines hold a copy of the layer and sum its gradient.
       tensor_dims: logical dims that tensor parallelism splits.
+      zero: "pipelines" where they keep the optimizer state once between them.
       workload: dtype and optimizer.
       known: what was computed of parameters here, by what it is of; settings that differ in
         micro-batches or pipelines alone may share it.
@@ -56,6 +60,7 @@ class Setting:
     workload: Workload
     pipelines: int = 1
     tensor_dims: tuple[str, ...] = TENSOR_DIMS
+    zero: Zero = "none"
     known: dict[object, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @functools.cached_property
@@ -85,5 +90,5 @@ def setting_of(
     """The setting of a stage's layers."""
     return Setting(
         cluster, stage.devices, stage.mesh, graph.batch, pipeline.microbatch,
-        pipeline.num_microbatches, workload, len(plan.pipelines), plan.tensor_dims,
+        pipeline.num_microbatches, workload, len(plan.pipelines), plan.tensor_dims, plan.zero,
     )  # fmt: skip

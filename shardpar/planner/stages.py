@@ -89,7 +89,7 @@ def divide(
             for stage, (first, end) in enumerate(itertools.pairwise(cuts))
         ]
         step_s = math.fsum(times) + (microbatches - 1) * max(times)
-        if step_s < (best.step_s if best else math.inf):
+        if step_s < reached:
             best = Division(cuts, step_s, bound_s)
 
 

@@ -18,6 +18,7 @@ from shardpar.spec.mesh import Axes, Mesh
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["1f1b", "gpipe", "interleaved"]
 Attention = Literal["gather", "heads"]
+Zero = Literal["none", "pipelines"]
 
 TENSOR_DIMS = ("vocab", "mlp", "heads", "kv_heads", "expert")
 """Logical names that tensor parallelism may split, unless a plan lists others."""
@@ -226,6 +227,8 @@ class Plan:
       pipelines: one or more.
       objective: the prediction; None in a plan written by hand.
       tensor_dims: logical dim names that tensor parallelism splits.
+      zero: "pipelines", groups of devices that hold copies of a parameter keep its optimizer
+        state once between them, a slice each; "none", each group keeps all of it.
     """
 
     cluster: str
@@ -233,10 +236,18 @@ class Plan:
     pipelines: tuple[Pipeline, ...]
     objective: Objective | None = None
     tensor_dims: tuple[str, ...] = TENSOR_DIMS
+    zero: Zero = "none"
 
     def __post_init__(self) -> None:
         if not self.pipelines:
             raise PlanError("a plan has no pipelines; give it at least one")
+        if self.zero not in get_args(Zero):
+            raise PlanError(f"zero is {self.zero!r}; write none or pipelines")
+        if self.zero == "pipelines" and len(self.pipelines) == 1:
+            raise PlanError(
+                "zero: pipelines shares the optimizer state out over pipelines, and there is "
+                "one; leave it out, or write zero1 or fsdp in the layers' entries"
+            )
         shares = [pipeline.sequences for pipeline in self.pipelines]
         if sum(shares) != self.global_batch:
             raise PlanError(

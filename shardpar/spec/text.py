@@ -27,6 +27,7 @@ from shardpar.spec.plan import (
     Recompute,
     Schedule,
     Stage,
+    Zero,
 )
 
 PLAN_FORMAT = "shardpar-plan/1"
@@ -90,6 +91,7 @@ class _Plan(_Strict):
     pipelines: list[_Pipeline]
     objective: _Objective | None = None
     tensor_dims: tuple[str, ...] = TENSOR_DIMS
+    zero: Zero = "none"
 
 
 class _Kind(_Strict):
@@ -254,6 +256,8 @@ def plan_to_text(plan: Plan) -> str:
     document["global_batch"] = plan.global_batch
     if plan.tensor_dims != TENSOR_DIMS:
         document["tensor_dims"] = _FlowList(plan.tensor_dims)
+    if plan.zero != "none":
+        document["zero"] = plan.zero
     document["pipelines"] = [
         {
             "sequences": pipeline.sequences,
@@ -318,6 +322,7 @@ def plan_from_text(text: str, where: str = "plan") -> Plan:
             cluster=document.cluster,
             global_batch=document.global_batch,
             tensor_dims=tuple(document.tensor_dims),
+            zero=document.zero,
             objective=None
             if objective is None
             else Objective(objective.step_s, objective.lower_bound_s, objective.search_s),

@@ -17,6 +17,7 @@ from shardpar.errors import PlanError
 from shardpar.lowering.devices import local_cluster
 from shardpar.lowering.lower import AnyProgram, lower
 from shardpar.lowering.options import ProgramOptions
+from shardpar.lowering.separable import is_elementwise
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.search import SearchResult, search
 from shardpar.planner.setting import Workload
@@ -107,6 +108,7 @@ def workload(
         compute_dtype=program.compute_dtype,
         optimizer_slots=round(slots, 3),
         loops=program.layers != "unroll",
+        elementwise=is_elementwise(optimizer, captured.model.params),
     )
 
 

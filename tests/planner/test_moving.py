@@ -31,9 +31,12 @@ def boxes(plan, which):
         for stage in pipeline.stages:
             chosen = strategies(stage, GRAPH)
             for name, layer, parameter in GRAPH.parameters:
-                if layer.name not in chosen:
+                # A stage that reads another one's parameter has a copy too.
+                tied = [x.name for x in GRAPH.layers if name in dict(x.tied).values()]
+                here = [n for n in (layer.name, *tied) if n in chosen]
+                if not here:
                     continue
-                layout = which(parameter, chosen[layer.name], stage.mesh, plan.tensor_dims)
+                layout = which(parameter, chosen[here[0]], stage.mesh, plan.tensor_dims)
                 for device, piece in zip(
                     stage.devices, layout.slices(parameter.shape), strict=True
                 ):

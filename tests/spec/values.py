@@ -152,7 +152,9 @@ def plans(draw):
         )
     dims = draw(st.just(TENSOR_DIMS) | st.lists(names, max_size=3).map(tuple))
     objective = draw(st.none() | st.builds(Objective, seconds, seconds, seconds))
-    return Plan(draw(names), sum(p.sequences for p in pipelines), tuple(pipelines), objective, dims)
+    zero = draw(st.sampled_from(["none", "pipelines"])) if len(pipelines) > 1 else "none"
+    batch = sum(p.sequences for p in pipelines)
+    return Plan(draw(names), batch, tuple(pipelines), objective, dims, zero)
 
 
 dtypes = st.sampled_from(sorted(DTYPE_BYTES))
