@@ -17,29 +17,27 @@ import jax
 import numpy as np
 import optax
 
-from shardpar.capture.cut import CutProgram
 from shardpar.capture.segments import Segments, segments
 from shardpar.capture.trace import Captured
 from shardpar.errors import PlanError
 from shardpar.lowering.device_groups import GroupPrograms
-from shardpar.lowering.elsewhere import absent, first_device, in_order, is_here, placed
-from shardpar.lowering.homes import Home, Homes, Move
+from shardpar.lowering.elsewhere import absent, in_order, is_here, placed
+from shardpar.lowering.homes import Home, Homes
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.ready import Ready
 from shardpar.lowering.routes import Routes, backwards, routes_of
+from shardpar.lowering.saving import Saving
 from shardpar.lowering.separable import require_separable
-from shardpar.lowering.spread import spread
 from shardpar.lowering.stage_programs import Arrays, StagePrograms
-from shardpar.lowering.stages import StageLayouts
-from shardpar.lowering.state import Gathered, TrainState
+from shardpar.lowering.stages import StageLayouts, owners_of
+from shardpar.lowering.state import Gathered, TrainState, whole_shapes
 from shardpar.lowering.step_under_way import StepUnderWay
 from shardpar.lowering.transfer import Transfer
 from shardpar.lowering.union import UnionArray
 from shardpar.spec.check import check
-from shardpar.spec.layout import Group, Layout
-from shardpar.spec.plan import LayerStrategy, Pipeline, Plan
+from shardpar.spec.plan import Pipeline, Plan
 from shardpar.spec.reshard import Tensor, fuse
 from shardpar.spec.schedule import Task, tasks
 from shardpar.spec.select import strategies
@@ -97,7 +95,8 @@ class PipelinedProgram:
         for number in range(len(plan.pipelines)):
             self._add_pipeline(number)
         self._refuse_separate_variables()
-        self.homes = Homes(self._whole_shapes(), [g.shapes for g in self.groups], self.devices)
+        self._whole = whole_shapes(captured.model, optimizer)
+        self.homes = Homes(self._whole, [g.shapes for g in self.groups], self.devices)
         self._run_now: StepUnderWay | None = None
 
     def _cut(self, number: int, training: bool = True) -> Segments:
@@ -129,7 +128,7 @@ class PipelinedProgram:
         graph, pipeline = self.captured.graph, self.plan.pipelines[number]
         mesh = jax_mesh(pipeline.stages[numbers[0]], self.devices)
         chosen = {s: strategies(pipeline.stages[s], graph) for s in numbers}
-        owners = _owners(self.captured, self._cuts[number].program, chosen)
+        owners = owners_of(graph, self._cuts[number].program, chosen.values())
         return {
             s: StageLayouts(
                 graph, pipeline.stages[s], mesh, chosen[s], owners, self.plan.tensor_dims
@@ -148,15 +147,6 @@ class PipelinedProgram:
                         "statistics do, and each of several pipelines would have its own; use a "
                         "plan of one pipeline"
                     )
-
-    def _whole_shapes(self) -> TrainState:
-        model = self.captured.model
-        return TrainState(
-            dict(model.params),
-            jax.eval_shape(self.optimizer.init, dict(model.params)),
-            dict(model.rest),
-            jax.ShapeDtypeStruct((), np.int32),
-        )
 
     def group_of(self, task: Task) -> GroupPrograms:
         """The programs of the group that does a task."""
@@ -191,44 +181,23 @@ class PipelinedProgram:
     @property
     def saved_shapes(self) -> TrainState:
         """What a checkpoint of its state holds, and where it is restored to."""
-        return self._saved_homes.first_shapes()  # type: ignore[no-any-return]
+        return self._saving.shapes
 
     def to_saved(self, state: TrainState) -> TrainState:
         """The state as a checkpoint holds it: one array per leaf."""
-        if jax.process_count() == 1:
-            return self.homes.first_copies(state)  # type: ignore[no-any-return]
-        moved = self._saving(self.homes.unions(state), donate=False)
-        return self._saved_homes.settled(moved)  # type: ignore[no-any-return]
+        return self._saving.to_saved(state)
 
     def from_saved(self, saved: TrainState) -> TrainState:
         """The state from what a checkpoint was restored to; the copies are made."""
-        go = {path: home.layout for path, home in self.homes.leaves.items()}
-        moved = Move(go, self.devices)(self._saved_homes.unions(saved))
-        return self.homes.settled(moved)  # type: ignore[no-any-return]
+        return self._saving.from_saved(saved)
 
     @cached_property
-    def _saved_homes(self) -> Homes:
-        """Where a checkpoint's arrays lie: the first copies, or over all processes' devices."""
-        whole = self._whole_shapes()
-        if jax.process_count() == 1:
-            part = self.homes.first_shapes()
-        else:
-            part = jax.tree.map(lambda leaf: spread(leaf, self.used_devices), whole)
-        return Homes(whole, [part], self.devices, single=True)
-
-    @cached_property
-    def _saving(self) -> Move:
-        go = {path: home.layout for path, home in self._saved_homes.leaves.items()}
-        return Move(go, self.devices)
+    def _saving(self) -> Saving:
+        return Saving(self.homes, self._whole, self.used_devices, self.devices)
 
     def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Parameters and other variables, whole, on one device of the first process."""
-        here = Layout((Group((self.devices.index(first_device(self.used_devices)),)),))
-        out = []
-        for part in (state.params, state.rest):
-            moved = Move(dict.fromkeys(part, here), self.devices)(part, donate=False)
-            out.append({name: union.arrays[0] for name, union in moved.items()})
-        return out[0], out[1]
+        return self._saving.together(state)
 
     def waiting_for(self) -> str:
         """The first task of the step under way that has not ended, in words."""
@@ -542,25 +511,3 @@ class PipelinedProgram:
     @cached_property
     def _evaluation_weights(self) -> dict[int, Any]:
         return {s: in_order(jax.jit(stage.prepare)) for s, stage in self._evaluating.items()}
-
-
-def _owners(
-    captured: Captured,
-    program: CutProgram,
-    chosen: Mapping[int, Mapping[str, LayerStrategy]],
-) -> dict[str, Any]:
-    """Each Parameter and its strategy in a group: its own layer's, else a reader's."""
-    by_layer = {layer: s for of_stage in chosen.values() for layer, s in of_stage.items()}
-    readers = {
-        name: call.name
-        for call in reversed(program.calls)
-        if call.name in by_layer
-        for name in call.parameters
-        if name is not None
-    }
-    out = {}
-    for name, layer, parameter in captured.graph.parameters:
-        strategy = by_layer.get(layer.name) or by_layer.get(readers.get(name, ""))
-        # Read between layers only, far from where its own layer is: a copy on each device.
-        out[name] = (parameter, strategy or LayerStrategy("outside"))
-    return out
