@@ -45,14 +45,6 @@ class EqualSegments:
     around: tuple[tuple[int, int], ...]
 
 
-@dataclass
-class _Match:
-    """What was found so far of the first stage's variables and another's."""
-
-    params: dict[str, str] = field(default_factory=dict)
-    rest: dict[str, str] = field(default_factory=dict)
-
-
 def equal_segments(program: CutProgram, ends: EqualStages) -> EqualSegments:
     """Cuts a program into equal stages.
 
@@ -67,7 +59,9 @@ def equal_segments(program: CutProgram, ends: EqualStages) -> EqualSegments:
     cut = segments(program, {name: s for s, names in enumerate(runs) for name in names})
     _require_ends(cut)
     calls = [_calls(program, cut.stages[s], names) for s, names in enumerate(ends.runs, 1)]
-    matches = [_match(program, cut, calls, s) for s in range(len(calls))]
+    matches = [_Match(program, cut, calls, s) for s in range(len(calls))]
+    for match in matches:
+        match.require_alike()
     params = {name: tuple(m.params[name] for m in matches) for name in matches[0].params}
     rest = {name: tuple(m.rest[name] for m in matches) for name in matches[0].rest}
     _require_own(cut, params)
@@ -132,67 +126,111 @@ def _calls(program: CutProgram, segment: Segment, names: tuple[str, ...]) -> lis
     return calls
 
 
-def _match(program: CutProgram, cut: Segments, calls: list[list[LayerCall]], s: int) -> _Match:
-    """What of stage s stands for what of the first stage."""
-    first, segment = cut.stages[1], cut.stages[s + 1]
-    jaxpr = program.closed.jaxpr
-    source = dict(zip(jaxpr.invars, program.inputs, strict=True))
-    ports = [{v: n for n, (_, v) in enumerate(part.received)} for part in (first, segment)]
-    found = _Match()
-    sources = {at for at, _ in segment.received} - {s}
-    if sources or not segment.received:
-        raise PlanError(
-            f"{calls[s][0].name} and the layers after it must read what the layer before them "
-            f"makes and nothing else that layers make{_ELSE}"
-        )
-    if len(calls[0]) != len(calls[s]):
-        raise PlanError(f"stages 0 and {s} call {len(calls[0])} and {len(calls[s])} layers{_ELSE}")
-    for one, other in zip(calls[0], calls[s], strict=True):
-        if not alike(one, other):
-            raise PlanError(f"{one.name} and {other.name} do not compute the same{_ELSE}")
-        pairs = zip(jaxpr.eqns[one.position].invars, jaxpr.eqns[other.position].invars, strict=True)
-        for number, (v, w) in enumerate(pairs):
-            if not _stands_for(program, calls, s, (v, w), ports, source, found):
-                raise PlanError(
-                    f"{one.name} and {other.name} are given different things besides their "
-                    f"parameters (input {number}){_ELSE}"
-                )
-    for kind, known in (("parameter", found.params), ("variable", found.rest)):
-        if len(set(known.values())) != len(known):
-            raise PlanError(f"layers of stage {s} share a {kind}{_ELSE}")
-    if set(found.params.values()) != set(segment.params):
-        raise PlanError(f"stage {s} computes something of parameters outside its layers{_ELSE}")
-    return found
+@dataclass(eq=False)
+class _Match:
+    """What of one stage stands for what of the first stage.
 
+    Attributes:
+      program, cut, calls: the model, and each stage's layers.
+      stage: the stage's number.
+      params, rest: names found so far, by those of the first stage.
+    """
 
-def _stands_for(
-    program: CutProgram,
-    calls: list[list[LayerCall]],
-    s: int,
-    pair: tuple[Any, Any],
-    ports: list[dict[Any, int]],
-    source: Mapping[Any, tuple[str, str]],
-    found: _Match,
-) -> bool:
-    """Whether w is to stage s what v is to the first stage; notes the names of inputs."""
-    v, w = pair
-    if is_literal(v) or is_literal(w):
-        return is_literal(v) and is_literal(w) and bool(v.val == w.val)
-    if v.aval.shape != w.aval.shape or v.aval.dtype != w.aval.dtype:
-        return False
-    if v in ports[0] or w in ports[1]:
-        floats = jnp.issubdtype(v.aval.dtype, jnp.floating)
-        return bool(floats) and ports[0].get(v) == ports[1].get(w)
-    made = _made(program, calls[0], v)
-    if made is not None:
-        return made == _made(program, calls[s], w)
-    kinds = source.get(v, ("", ""))[0], source.get(w, ("", ""))[0]
-    if kinds[0] == kinds[1] and kinds[0] in ("params", "rest"):
-        known = found.params if kinds[0] == "params" else found.rest
-        name, other = source[v][1], source[w][1]
-        return known.setdefault(name, other) == other
-    # A mask or positions, made of the batch alone: the same for every stage.
-    return v is w
+    program: CutProgram
+    cut: Segments
+    calls: list[list[LayerCall]]
+    stage: int
+    params: dict[str, str] = field(default_factory=dict)
+    rest: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        jaxpr, segment = self.program.closed.jaxpr, self.cut.stages[self.stage + 1]
+        self._source = dict(zip(jaxpr.invars, self.program.inputs, strict=True))
+        self._ports = [
+            {v: n for n, (_, v) in enumerate(part.received)}
+            for part in (self.cut.stages[1], segment)
+        ]
+        layers = {call.position for call in self.program.calls}
+        self._producer = {
+            v: (eqn, n)
+            for i, eqn in enumerate(jaxpr.eqns)
+            if i not in layers
+            for n, v in enumerate(eqn.outvars)
+        }
+        self._known: set[tuple[Any, Any]] = set()
+
+    def require_alike(self) -> None:
+        """Refuses a stage that does not compute what the first one does."""
+        first, calls = self.calls[0], self.calls[self.stage]
+        segment = self.cut.stages[self.stage + 1]
+        sources = {at for at, _ in segment.received} - {self.stage}
+        if sources or not segment.received:
+            raise PlanError(
+                f"{calls[0].name} and the layers after it must read what the layer before them "
+                f"makes and nothing else that layers make{_ELSE}"
+            )
+        if len(first) != len(calls):
+            raise PlanError(
+                f"stages 0 and {self.stage} call {len(first)} and {len(calls)} layers{_ELSE}"
+            )
+        for one, other in zip(first, calls, strict=True):
+            if not alike(one, other):
+                raise PlanError(f"{one.name} and {other.name} do not compute the same{_ELSE}")
+            eqns = self.program.closed.jaxpr.eqns
+            inputs = zip(eqns[one.position].invars, eqns[other.position].invars, strict=True)
+            for number, (v, w) in enumerate(inputs):
+                if not self._given_alike(v, w):
+                    raise PlanError(
+                        f"{one.name} and {other.name} are given different things besides their "
+                        f"parameters (input {number}){_ELSE}"
+                    )
+        if set(self.params.values()) != set(segment.params):
+            raise PlanError(
+                f"stage {self.stage} computes something of parameters outside its layers{_ELSE}"
+            )
+
+    def _given_alike(self, v: Any, w: Any) -> bool:
+        """Whether a layer's input is to this stage what another is to the first."""
+        if is_literal(v) or is_literal(w):
+            return self._equal(v, w)
+        if v.aval.shape != w.aval.shape or v.aval.dtype != w.aval.dtype:
+            return False
+        if v in self._ports[0] or w in self._ports[1]:
+            floats = jnp.issubdtype(v.aval.dtype, jnp.floating)
+            return bool(floats) and self._ports[0].get(v) == self._ports[1].get(w)
+        made = _made(self.program, self.calls[0], v)
+        if made is not None:
+            return made == _made(self.program, self.calls[self.stage], w)
+        if self._source.get(v, ("",))[0] == "params" == self._source.get(w, ("",))[0]:
+            name = self._source[w][1]
+            return self.params.setdefault(self._source[v][1], name) == name
+        return self._equal(v, w)
+
+    def _equal(self, v: Any, w: Any) -> bool:
+        """Whether two values of the batch and the model's other variables are computed alike.
+
+        Masks and positions are the same for every stage; keys are those of a stage's own layers.
+        """
+        if is_literal(v) or is_literal(w):
+            return is_literal(v) and is_literal(w) and bool(v.val == w.val)
+        if (v, w) in self._known:
+            return True
+        kinds = self._source.get(v, ("",))[0], self._source.get(w, ("",))[0]
+        if kinds == ("rest", "rest"):
+            name = self._source[w][1]
+            equal = self.rest.setdefault(self._source[v][1], name) == name
+        elif v in self._producer and w in self._producer:
+            (one, n), (other, m) = self._producer[v], self._producer[w]
+            equal = (
+                (n, one.primitive, str(one.params)) == (m, other.primitive, str(other.params))
+                and len(one.invars) == len(other.invars)
+                and all(map(self._equal, one.invars, other.invars))
+            )
+        else:
+            equal = v is w and kinds[0] in ("batch", "")
+        if equal:
+            self._known.add((v, w))
+        return equal
 
 
 def _made(program: CutProgram, calls: list[LayerCall], v: Any) -> tuple[int, int] | None:

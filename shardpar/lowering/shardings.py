@@ -108,7 +108,7 @@ def stacked_over(
 
 
 def over_axis(axis: str, stacked: bool) -> PartitionSpec:
-    """What a `shard_map` that is manual over one axis says of an array: split along it, or whole."""
+    """What a `shard_map` over one axis is told of an array: split along the axis, or whole."""
     return PartitionSpec(axis) if stacked else PartitionSpec()
 
 

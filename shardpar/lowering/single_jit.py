@@ -202,7 +202,8 @@ class SingleJitProgram:
         """Gradients of a batch, from parameters and the model's other variables alone.
 
         Args:
-          params, rest: over the stages that hold them, under the model's own names.
+          params: over the stages that hold them, under the model's own names.
+          rest: the model's other variables, the same way.
           batch: arrays whose dim 0 is the plan's global batch.
         """
         given = {f".params['{name}']": x for name, x in params.items()}

@@ -44,7 +44,7 @@ class Stacked:
           axis: over the stages.
         """
         self.parts = tuple(parts)
-        self._here = [is_here(list(row.flat)) for row in mesh.devices]
+        self._here = [is_here(list(row)) for row in mesh.devices.reshape(len(parts), -1)]
         flat, self._structure = jax.tree_util.tree_flatten_with_path(parts[0])
         self._own = [bool(named_by(path, names)) for path, _ in flat]
         # A dictionary sorts its keys, and "blocks.10" comes before "blocks.9": by name, then.
