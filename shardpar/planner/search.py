@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from shardpar.errors import PlanError
 from shardpar.planner.cost import PlanCost, plan_cost
+from shardpar.planner.equal_plans import best_equal, with_dispatch_s
 from shardpar.planner.infeasible import nothing_fits
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Found, Problem, Shape, best_pipeline, lower_bound, shapes
@@ -128,7 +130,8 @@ def search(
         raise nothing_fits(graph, cluster, workload, options)
     solved += _next_best(problem, unsolved, best_s, options.rescore - 1)
     alone = [Candidate(found.step_s, (found.pipeline,)) for found in solved]
-    step_s, plan, cost, simulated_s = _rescored(problem, [*combined, *alone], best_s)
+    chosen_plan = _rescored(problem, [*combined, *alone], best_s)
+    step_s, plan, cost, simulated_s = _or_equal_stages(problem, chosen_plan)
     plan = replace(plan, objective=Objective(step_s, min(floor, step_s), 0.0))
     others = [c for c in [*combined, *alone] if c.pipelines != plan.pipelines]
     return SearchResult(
@@ -189,6 +192,27 @@ def _rescored(
             best = step_s, plan, cost, simulated_s
     assert best is not None
     return best
+
+
+def _or_equal_stages(
+    problem: Problem, found: tuple[float, Plan, PlanCost, float]
+) -> tuple[float, Plan, PlanCost, float]:
+    """The best plan of equal stages in one program instead, where it is asked for or faster."""
+    schedule, (_, plan, _, simulated_s) = problem.options.schedule, found
+    if schedule == "1f1b":
+        return found
+    wanted = schedule == "single_jit"
+    equal = best_equal(problem, math.inf if wanted else with_dispatch_s(plan, simulated_s))
+    if equal is None and wanted:
+        raise PlanError(
+            "plan.schedule is single_jit, but no plan of equal stages in one program fits these "
+            "devices and this batch: the layers that repeat and the micro-batches must be "
+            "multiples of the stages; write plan.schedule=fastest, or plan.stages=N"
+        )
+    if equal is None:
+        return found
+    simulated_s, plan, cost = equal
+    return cost.step_s, plan, cost, simulated_s
 
 
 def _unequal(cluster: Cluster) -> bool:

@@ -66,9 +66,9 @@ def simulate(plan: Plan, cost: PlanCost) -> Timeline:
     for number, pipeline in enumerate(plan.pipelines):
         prices = [next(stages) for _ in pipeline.stages]
         if pipeline.schedule == "single_jit":
-            found = _lockstep(number, pipeline, prices)
+            found, end_s = _lockstep(number, pipeline, prices)
             events += found
-            ends.append([max(e.end_s for e in found)] * len(pipeline.stages))
+            ends.append([end_s] * len(pipeline.stages))
             continue
         played = play(
             pipeline,
@@ -108,7 +108,9 @@ def simulate(plan: Plan, cost: PlanCost) -> Timeline:
     )
 
 
-def _lockstep(number: int, pipeline: Pipeline, prices: Sequence[StageCost]) -> list[Event]:
+def _lockstep(
+    number: int, pipeline: Pipeline, prices: Sequence[StageCost]
+) -> tuple[list[Event], float]:
     """All stages tick by tick, each tick as long as the slowest takes and what it hands on.
 
     Between the ways, where the loss is, each stage does its share of the first and last layers.
@@ -135,4 +137,4 @@ def _lockstep(number: int, pipeline: Pipeline, prices: Sequence[StageCost]) -> l
             shares = [count * price.ends_s for price in prices]
             events += [Event(number, s, "ends", -1, at, at + x) for s, x in enumerate(shares)]
             at += max(shares)
-    return events
+    return events, at
