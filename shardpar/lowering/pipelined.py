@@ -21,7 +21,7 @@ from shardpar.capture.segments import Segments, segments
 from shardpar.capture.trace import Captured
 from shardpar.errors import PlanError
 from shardpar.lowering.device_groups import GroupPrograms
-from shardpar.lowering.elsewhere import absent, in_order, is_here, placed
+from shardpar.lowering.elsewhere import absent, in_order, placed, require_here
 from shardpar.lowering.homes import Home, Homes
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
@@ -79,12 +79,7 @@ class PipelinedProgram:
         self.captured, self.plan, self.options = captured, plan, options
         self.optimizer = optimizer
         self.devices = tuple(jax.devices() if devices is None else devices)
-        if not is_here(self.used_devices):
-            raise PlanError(
-                f"the plan uses devices {list(plan.devices)}, none of which belongs to process "
-                f"{jax.process_index()} of {jax.process_count()}; plan for all devices, or start "
-                "fewer processes"
-            )
+        require_here(plan, self.used_devices)
         self.order = tasks(plan.pipelines)
         self.groups: list[GroupPrograms] = []
         self._of_stage: dict[tuple[int, int], GroupPrograms] = {}

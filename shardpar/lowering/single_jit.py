@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from shardpar.capture.trace import Captured
-from shardpar.lowering.elsewhere import absent, in_order, is_here
+from shardpar.lowering.elsewhere import absent, in_order, is_here, require_here
 from shardpar.lowering.elsewhere import placed as put
 from shardpar.lowering.equal_segments import EqualSegments, equal_segments
 from shardpar.lowering.lockstep import Lockstep
@@ -88,6 +88,7 @@ class SingleJitProgram:
         self.devices = tuple(jax.devices() if devices is None else devices)
         self.pipeline = folded(plan)
         self.mesh = mesh_over_stages(self.pipeline.stages, STAGE, self.devices)
+        require_here(plan, self.used_devices)
         self._ends = equal_stages(plan.pipelines[0], captured.graph)
         self._equal = self._cut(training=True)
         first = self.pipeline.stages[0]
