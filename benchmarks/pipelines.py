@@ -3,8 +3,10 @@
     python -m benchmarks.pipelines [--json]
 
 Two stages of one virtual device each. The dispatch is that of a model so small that its work
-does not count; the step is in CPU-seconds of the whole process, interleaved with the same model
-as one jit on one device. Both train the same batches and must have the same losses.
+does not count. Steps are in CPU-seconds of the whole process, interleaved: the same model through
+programs of stages (1f1b), as equal stages in one program (single_jit), and as one jit on one
+device. All train the same batches and must have the same losses. Stages in one program compute
+on every tick, so with m micro-batches they do (m + 1) / m of the work of the layers.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -27,10 +30,11 @@ from shardpar.lowering.devices import use_virtual_devices
 from shardpar.lowering.pipelined import PipelinedProgram
 from shardpar.lowering.program import Program
 from shardpar.lowering.shares import shares_of
+from shardpar.lowering.single_jit import SingleJitProgram
 from shardpar.spec.mesh import Mesh
 from shardpar.spec.plan import LayerStrategy, Pipeline, Plan, Stage
 
-LENGTH, ROUNDS = 64, 9
+LENGTH, ROUNDS, STEPS = 64, 9, 13
 
 
 def captured(width: int, batch: int) -> Captured:
@@ -96,30 +100,37 @@ def main() -> None:
         "dispatch_ms_2_devices": round(dispatch_ms(2), 3),
     }
     batch, microbatch = 16, 2
-    source = captured(256, batch)
-    piped = PipelinedProgram(
-        source, plan_of(batch, microbatch, "embed..blocks[1]", "blocks[2]..outside"),
-        optax.sgd(1e-3),
-    )  # fmt: skip
-    one = Program(source, plan_of(batch, microbatch, "embed..outside"), optax.sgd(1e-3))
-    piped.compile()
-    one.compile()
-    states, rows = [piped.init(0), one.init(0)], batch_of(batch)
-    times: list[list[float]] = [[], []]
-    for turn in range(ROUNDS):
+    source, rule = captured(256, batch), optax.sgd(1e-3)
+    halves = plan_of(batch, microbatch, "embed..blocks[1]", "blocks[2]..outside")
+    (pipeline,) = halves.pipelines
+    equal = replace(halves, pipelines=(replace(pipeline, schedule="single_jit"),))
+    programs: dict[str, Any] = {
+        "stage_programs": PipelinedProgram(source, halves, rule),
+        "single_jit": SingleJitProgram(source, equal, rule),
+        "one_jit": Program(source, plan_of(batch, microbatch, "embed..outside"), rule),
+    }
+    times: dict[str, list[float]] = {name: [] for name in programs}
+    states = {}
+    for name, program in programs.items():
+        program.compile()
+        states[name] = program.init(0)
+    rows = batch_of(batch)
+    for turn in range(STEPS):
         losses = []
-        for n, step in enumerate((piped.step, one.step)):
-            states[n], cpu_s, loss = step_cpu_s(step, states[n], rows)
+        # Each goes first as often as the others.
+        order = list(programs)[turn % len(programs) :] + list(programs)[: turn % len(programs)]
+        for name in order:
+            states[name], cpu_s, loss = step_cpu_s(programs[name].step, states[name], rows)
             losses.append(loss)
             if turn:
-                times[n].append(cpu_s)
-        assert abs(losses[0] / losses[1] - 1) < 1e-5, losses
-    ratios = [a / b for a, b in zip(*times, strict=True)]
-    out |= {
-        "stage_programs_cpu_s": round(statistics.median(times[0]), 3),
-        "one_jit_cpu_s": round(statistics.median(times[1]), 3),
-        "ratio": round(statistics.median(ratios), 3),
-    }
+                times[name].append(cpu_s)
+        assert max(losses) / min(losses) - 1 < 1e-5, losses
+    for name, seen in times.items():
+        out[f"{name}_cpu_s"] = round(statistics.median(seen), 3)
+    for one, other in (("stage_programs", "one_jit"), ("stage_programs", "single_jit"),
+                       ("single_jit", "one_jit")):  # fmt: skip
+        ratios = [a / b for a, b in zip(times[one], times[other], strict=True)]
+        out[f"{one}_over_{other}"] = round(statistics.median(ratios), 3)
     if args.json:
         print(json.dumps(out))
     else:

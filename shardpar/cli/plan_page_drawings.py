@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from shardpar.planner.cost import PlanCost, StageCost
+from shardpar.planner.cost import PlanCost
+from shardpar.planner.prices import StageCost
 from shardpar.planner.simulate import Event, Timeline
 from shardpar.planner.trace_export import ranges_text
 from shardpar.spec.plan import Plan, Stage

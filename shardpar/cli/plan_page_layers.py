@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from shardpar.cli.plan_page_drawings import Bar, PricedStage, time_text
-from shardpar.planner.cost import LayerCost
+from shardpar.planner.prices import LayerCost
 from shardpar.planner.strategies import describe
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.mesh import Mesh

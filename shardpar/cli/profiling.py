@@ -29,7 +29,7 @@ from shardpar.lowering.measure import (
     measure_hardware,
     phase_count,
 )
-from shardpar.planner.cost import LayerCost, layer_cost
+from shardpar.planner.prices import LayerCost, layer_cost
 from shardpar.planner.setting import Setting, Workload
 from shardpar.run.progress import Progress
 from shardpar.spec.cluster import Cluster

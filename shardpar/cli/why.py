@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from shardpar.planner.cost import LayerCost, PlanCost
+from shardpar.planner.cost import PlanCost, fill_s
+from shardpar.planner.prices import LayerCost
 from shardpar.planner.strategies import describe
 from shardpar.spec.graph import LayerGraph
 from shardpar.spec.plan import Plan
@@ -144,7 +145,7 @@ def _step_terms(plan: Plan, cost: PlanCost) -> Sequence[tuple[str, float]]:
     for pipeline in plan.pipelines:
         count = pipeline.num_microbatches
         costs = [next(prices) for _ in pipeline.stages]
-        fill = math.fsum(c.microbatch_s for c in costs) - max(c.microbatch_s for c in costs)
+        fill = fill_s(pipeline, costs)
         for price in costs:
             layers = [layer for _, layer in price.layers]
             terms = [

@@ -13,11 +13,32 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from shardpar.errors import PlanError
+from shardpar.spec.plan import Plan
+
 
 def is_here(devices: Sequence[jax.Device]) -> bool:
     """Whether any of the devices is this process's."""
     process = jax.process_index()
     return any(device.process_index == process for device in devices)
+
+
+def require_here(plan: Plan, devices: Sequence[jax.Device]) -> None:
+    """Refuses a plan of which this process has nothing to do.
+
+    Args:
+      plan: it uses devices by number.
+      devices: those it uses.
+
+    Raises:
+      PlanError: none of them belongs to this process.
+    """
+    if not is_here(devices):
+        raise PlanError(
+            f"the plan uses devices {list(plan.devices)}, none of which belongs to process "
+            f"{jax.process_index()} of {jax.process_count()}; plan for all devices, or start "
+            "fewer processes"
+        )
 
 
 def in_order(jitted: Callable[..., Any]) -> Callable[..., Any]:

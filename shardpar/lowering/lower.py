@@ -1,4 +1,4 @@
-"""A plan becomes a program: one jit where one suffices, programs of stages otherwise."""
+"""A plan becomes a program: one jit where one suffices or is asked for, else one per stage."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from shardpar.capture.trace import Captured
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.pipelined import PipelinedProgram
 from shardpar.lowering.program import Program
+from shardpar.lowering.single_jit import SingleJitProgram
 from shardpar.spec.plan import Plan
 
-AnyProgram = Program | PipelinedProgram
+AnyProgram = Program | PipelinedProgram | SingleJitProgram
 
 
 def lower(
@@ -39,6 +40,8 @@ def lower(
     Raises:
       PlanError: the plan does not fit the model, the devices or the optimizer.
     """
+    if any(pipeline.schedule == "single_jit" for pipeline in plan.pipelines):
+        return SingleJitProgram(captured, plan, optimizer, options, devices)
     several = len(plan.pipelines) > 1 or len(plan.pipelines[0].stages) > 1
     if several:
         return PipelinedProgram(captured, plan, optimizer, options, devices, of_pipelines)

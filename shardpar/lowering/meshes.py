@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from shardpar.errors import PlanError
 from shardpar.spec.plan import Stage
@@ -35,3 +35,27 @@ def jax_mesh(stage: Stage, devices: Sequence[jax.Device] | None = None) -> Mesh:
     chosen = np.array([available[d] for d in stage.devices], dtype=object)
     names = stage.mesh.names
     return Mesh(chosen.reshape(stage.mesh.sizes), names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def mesh_over_stages(
+    stages: Sequence[Stage], axis: str, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """The meshes of stages that have equal ones as one, with a first axis over the stages.
+
+    Args:
+      stages: their devices are positions in `devices`.
+      axis: the first axis's name.
+      devices: all devices of the cluster; None takes `jax.devices()`.
+
+    Raises:
+      PlanError: if a stage names a device that is not there.
+    """
+    each = [jax_mesh(stage, devices) for stage in stages]
+    names = (axis, *each[0].axis_names)
+    joined = np.stack([mesh.devices for mesh in each])
+    return Mesh(joined, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def manual_over(mesh: Mesh, axis: str) -> AbstractMesh:
+    """The mesh as it is inside a `shard_map` over one of its axes."""
+    return mesh.abstract_mesh.update_axis_types({axis: AxisType.Manual})

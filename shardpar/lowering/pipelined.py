@@ -18,14 +18,13 @@ import jax
 import numpy as np
 import optax
 
-from shardpar.capture.cut import CutProgram
 from shardpar.capture.segments import Segments, segments
 from shardpar.capture.trace import Captured
 from shardpar.errors import PlanError
 from shardpar.lowering.device_groups import GroupPrograms
-from shardpar.lowering.elsewhere import absent, first_device, is_here, placed
+from shardpar.lowering.elsewhere import absent, placed, require_here
 from shardpar.lowering.evaluating import Evaluation
-from shardpar.lowering.homes import Homes, Move
+from shardpar.lowering.homes import Homes
 from shardpar.lowering.meshes import jax_mesh
 from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
 from shardpar.lowering.options import ProgramOptions
@@ -34,14 +33,13 @@ from shardpar.lowering.saving import Saving
 from shardpar.lowering.separable import require_elementwise, require_separable
 from shardpar.lowering.shares import Order, counts_of, place, shares_of
 from shardpar.lowering.stage_programs import Arrays
-from shardpar.lowering.stages import StageLayouts
-from shardpar.lowering.state import Gathered, TrainState
+from shardpar.lowering.stages import StageLayouts, owners_of
+from shardpar.lowering.state import Gathered, TrainState, whole_shapes
 from shardpar.lowering.step_under_way import StepUnderWay
 from shardpar.lowering.together import Together, gathered_over, share_out, sliced_leaves
 from shardpar.lowering.union import UnionArray
 from shardpar.spec.check import check
-from shardpar.spec.layout import Group, Layout
-from shardpar.spec.plan import LayerStrategy, Pipeline, Plan
+from shardpar.spec.plan import Pipeline, Plan
 from shardpar.spec.schedule import Task
 from shardpar.spec.select import strategies
 
@@ -97,12 +95,7 @@ class PipelinedProgram:
         self.captured, self.plan, self.options = captured, plan, options
         self.optimizer = optimizer
         self.devices = tuple(jax.devices() if devices is None else devices)
-        if not is_here(self.used_devices):
-            raise PlanError(
-                f"the plan uses devices {list(plan.devices)}, none of which belongs to process "
-                f"{jax.process_index()} of {jax.process_count()}; plan for all devices, or start "
-                "fewer processes"
-            )
+        require_here(plan, self.used_devices)
         self.groups: list[GroupPrograms] = []
         self._of_stage: dict[tuple[int, int], GroupPrograms] = {}
         self.order_of = lru_cache(maxsize=_KEPT_ORDERS)(partial(Order.of, plan.pipelines))
@@ -112,7 +105,7 @@ class PipelinedProgram:
             self._add_pipeline(number)
         self._refuse_separate_variables()
         slices = {} if plan.zero == "none" else share_out(self.groups, self.devices)
-        whole = self._whole_shapes()
+        whole = self._whole = whole_shapes(captured.model, optimizer)
         self.homes = Homes(
             whole, [g.shapes for g in self.groups], self.devices,
             slices=sliced_leaves(whole, slices),
@@ -151,7 +144,7 @@ class PipelinedProgram:
         graph, pipeline = self.of_pipelines[number].graph, self.plan.pipelines[number]
         mesh = jax_mesh(pipeline.stages[numbers[0]], self.devices)
         chosen = {s: strategies(pipeline.stages[s], graph) for s in numbers}
-        owners = _owners(self.captured, self._cuts[number].program, chosen)
+        owners = owners_of(graph, self._cuts[number].program, chosen.values())
         return {
             s: StageLayouts(
                 graph, pipeline.stages[s], mesh, chosen[s], owners, self.plan.tensor_dims
@@ -170,15 +163,6 @@ class PipelinedProgram:
                         "statistics do, and each of several pipelines would have its own; use a "
                         "plan of one pipeline"
                     )
-
-    def _whole_shapes(self) -> TrainState:
-        model = self.captured.model
-        return TrainState(
-            dict(model.params),
-            jax.eval_shape(self.optimizer.init, dict(model.params)),
-            dict(model.rest),
-            jax.ShapeDtypeStruct((), np.int32),
-        )
 
     def group_of(self, task: Task) -> GroupPrograms:
         """The programs of the group that does a task."""
@@ -221,16 +205,11 @@ class PipelinedProgram:
 
     @cached_property
     def _saving(self) -> Saving:
-        return Saving(self.homes, self._whole_shapes(), self.used_devices, self.devices)
+        return Saving(self.homes, self._whole, self.used_devices, self.devices)
 
     def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Parameters and other variables, whole, on one device of the first process."""
-        here = Layout((Group((self.devices.index(first_device(self.used_devices)),)),))
-        out = []
-        for part in (state.params, state.rest):
-            moved = Move(dict.fromkeys(part, here), self.devices)(part, donate=False)
-            out.append({name: union.arrays[0] for name, union in moved.items()})
-        return out[0], out[1]
+        return self._saving.together(state)
 
     def waiting_for(self) -> str:
         """The first task of the step under way that has not ended, in words."""
@@ -427,25 +406,3 @@ class PipelinedProgram:
         of_stage = {s: self._of_stage[0, s] for s in range(len(self.pipeline.stages))}
         cut_ = self._cut(0, training=False)
         return Evaluation(cut_, of_stage, self._together, self.options, self.devices)
-
-
-def _owners(
-    captured: Captured,
-    program: CutProgram,
-    chosen: Mapping[int, Mapping[str, LayerStrategy]],
-) -> dict[str, Any]:
-    """Each Parameter and its strategy in a group: its own layer's, else a reader's."""
-    by_layer = {layer: s for of_stage in chosen.values() for layer, s in of_stage.items()}
-    readers = {
-        name: call.name
-        for call in reversed(program.calls)
-        if call.name in by_layer
-        for name in call.parameters
-        if name is not None
-    }
-    out = {}
-    for name, layer, parameter in captured.graph.parameters:
-        strategy = by_layer.get(layer.name) or by_layer.get(readers.get(name, ""))
-        # Read between layers only, far from where its own layer is: a copy on each device.
-        out[name] = (parameter, strategy or LayerStrategy("outside"))
-    return out

@@ -109,7 +109,8 @@ def _longest(
     members = [calls[first]]
     for k in range(first + 1, len(calls)):
         call, before = calls[k], calls[k - 1]
-        if not _alike(call, calls[first], strategies):
+        same = strategies.get(call.name) == strategies.get(calls[first].name)
+        if not (same and alike(call, calls[first])):
             break
         eqn, previous = eqns[call.position], eqns[before.position]
         produced = {id(v): o for o, v in enumerate(previous.outvars)}
@@ -131,8 +132,9 @@ def _longest(
     return Run(tuple(members), carry or (), tuple(sorted(shared - chained)))
 
 
-def _alike(a: LayerCall, b: LayerCall, strategies: Mapping[str, LayerStrategy]) -> bool:
-    if a.class_name != b.class_name or strategies.get(a.name) != strategies.get(b.name):
+def alike(a: LayerCall, b: LayerCall) -> bool:
+    """Whether two layers compute the same of their inputs."""
+    if a.class_name != b.class_name:
         return False
     # Equal blocks normally share one traced jaxpr; text decides where a constructor
     # made fresh (hence unequal) initialisers and Flax traced each block anew.

@@ -11,9 +11,11 @@ from functools import cached_property
 
 import jax
 
+from shardpar.lowering.elsewhere import first_device
 from shardpar.lowering.homes import Homes, Move
 from shardpar.lowering.spread import spread, spread_once
 from shardpar.lowering.state import TrainState
+from shardpar.spec.layout import Group, Layout
 
 
 class Saving:
@@ -35,6 +37,7 @@ class Saving:
           devices: of the cluster, in order.
         """
         self.homes, self.devices = homes, tuple(devices)
+        self.whole, self.used_devices = whole, list(used)
         apart = jax.process_count() > 1
         places = [
             spread(leaf, used)
@@ -75,3 +78,17 @@ class Saving:
         go = {path: home.layout for path, home in self.homes.leaves.items()}
         moved = Move(go, self.devices)(self.saved.unions(saved))
         return self.homes.settled(moved)  # type: ignore[no-any-return]
+
+    def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+        """Parameters and other variables, whole, on one device of the first process."""
+        here = Layout((Group((self.devices.index(first_device(self.used_devices)),)),))
+        unions = self.homes.unions(state)
+        go = [path for path in unions if path.startswith((".params", ".rest"))]
+        moved = Move(dict.fromkeys(go, here), self.devices)(
+            {path: unions[path] for path in go}, donate=False
+        )
+        params, rest = (
+            {name: moved[f".{kind}['{name}']"].arrays[0] for name in getattr(self.whole, kind)}
+            for kind in ("params", "rest")
+        )
+        return params, rest

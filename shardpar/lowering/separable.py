@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from shardpar.capture._compat import inner_jaxpr, is_literal, levels
@@ -164,6 +165,57 @@ def _reads_others(how: str) -> PlanError:
         f"optimizer's rule for one element reads others ({how}); write a rule that works element "
         "by element, such as adamw, or leave zero out of the plan"
     )
+
+
+def require_alike(
+    optimizer: optax.GradientTransformation, params: Mapping[str, Any], names: Sequence[str]
+) -> None:
+    """Refuses an optimizer that has different rules for parameters that are updated as one.
+
+    Args:
+      optimizer: any optax transformation that updates each parameter from itself alone.
+      params: the shape of each parameter, by name.
+      names: those that one program updates in all their places.
+
+    Raises:
+      PlanError: naming two parameters that it treats differently.
+
+    >>> shapes = {n: jax.ShapeDtypeStruct((2,), "float32") for n in ("a", "b")}
+    >>> require_alike(optax.adamw(1e-3), shapes, ["a", "b"])
+    >>> rule = {"one": optax.sgd(0.1), "two": optax.sgd(0.2)}
+    >>> by_name = optax.multi_transform(
+    ...     rule, lambda params: {n: "one" if n == "a" else "two" for n in params}
+    ... )
+    >>> require_alike(by_name, shapes, ["a", "b"])
+    Traceback (most recent call last):
+    ...
+    shardpar.errors.PlanError: the optimizer treats parameters "a" and "b" differently, and \
+schedule single_jit updates them in one program; write schedule: 1f1b
+    """
+    rules = [_rule(optimizer, name, params[name]) for name in names]
+    for name, rule in zip(names, rules, strict=True):
+        if rule != rules[0]:
+            raise PlanError(
+                f'the optimizer treats parameters "{names[0]}" and "{name}" differently, and '
+                "schedule single_jit updates them in one program; write schedule: 1f1b"
+            )
+
+
+def _rule(optimizer: optax.GradientTransformation, name: str, shape: Any) -> list[Any]:
+    """What an optimizer does with a parameter, as text and constants."""
+
+    def init(x: Any) -> Any:
+        return jax.tree.leaves(optimizer.init({name: x}))
+
+    def update(x: Any) -> Any:
+        given = {name: x}
+        return jax.tree.leaves(optimizer.update(given, optimizer.init(given), given))
+
+    out: list[Any] = []
+    for closed in (jax.make_jaxpr(init)(shape), jax.make_jaxpr(update)(shape)):
+        out.append(str(closed.jaxpr))
+        out += [np.asarray(value).tolist() for value in closed.consts]
+    return out
 
 
 def _leaves(tree: Any) -> Any:

@@ -92,6 +92,26 @@ def group_of(sharding: NamedSharding, devices: Sequence[jax.Device]) -> Group:
     return Group.of(tuple(position[d] for d in there), GroupLayout(mesh, dims, partial))
 
 
+def stacked_over(
+    mesh: Mesh, sharding: NamedSharding, axis: str | None, dims: int | None = None
+) -> NamedSharding:
+    """A sharding of arrays stacked along a new first dim, on a mesh with the same axes and more.
+
+    Args:
+      mesh: the mesh to be on.
+      sharding: of one of the arrays.
+      axis: of the mesh, splits the new dim; None splits nothing.
+      dims: how many dims are new; None adds one where there is an axis.
+    """
+    new = int(axis is not None) if dims is None else dims
+    return NamedSharding(mesh, PartitionSpec(*[axis] * new, *sharding.spec))
+
+
+def over_axis(axis: str, stacked: bool) -> PartitionSpec:
+    """What a `shard_map` over one axis is told of an array: split along the axis, or whole."""
+    return PartitionSpec(axis) if stacked else PartitionSpec()
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

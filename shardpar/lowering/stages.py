@@ -7,7 +7,7 @@ gathered again rather than kept (ZeRO-3, arXiv 1910.02054; Megatron, 2205.05198)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,6 +73,32 @@ class StageLayouts:
     def inside(self, activation: Activation, strategy: LayerStrategy) -> NamedSharding | None:
         """How an activation lies where the layer computes with it: its sequence whole."""
         return self.activation(activation, replace(strategy, sequence_parallel=False))
+
+
+def owners_of(
+    graph: LayerGraph, program: CutProgram, chosen: Iterable[Mapping[str, LayerStrategy]]
+) -> dict[str, tuple[Parameter, LayerStrategy]]:
+    """Each Parameter and its strategy in a group: its own layer's, else a reader's.
+
+    Args:
+      graph: the model.
+      program: the cut loss.
+      chosen: strategies by layer of each stage of the group.
+    """
+    by_layer = {layer: s for of_stage in chosen for layer, s in of_stage.items()}
+    readers = {
+        name: call.name
+        for call in reversed(program.calls)
+        if call.name in by_layer
+        for name in call.parameters
+        if name is not None
+    }
+    out = {}
+    for name, layer, parameter in graph.parameters:
+        strategy = by_layer.get(layer.name) or by_layer.get(readers.get(name, ""))
+        # Read between layers only, far from where its own layer is: a copy on each device.
+        out[name] = (parameter, strategy or LayerStrategy("outside"))
+    return out
 
 
 def forward_program(program: CutProgram, layouts: StageLayouts, min_run: int) -> Forward:

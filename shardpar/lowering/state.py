@@ -106,6 +106,16 @@ def state_shapes(
     )
 
 
+def whole_shapes(model: AbstractModel, optimizer: optax.GradientTransformation) -> TrainState:
+    """Shapes of the whole state, wherever it lies."""
+    return TrainState(
+        dict(model.params),
+        jax.eval_shape(optimizer.init, dict(model.params)),
+        dict(model.rest),
+        jax.ShapeDtypeStruct((), jnp.int32),
+    )
+
+
 def named_by(path: Any, names: Mapping[str, Any]) -> str:
     """The parameter that a leaf of an optimizer's state belongs to; "" for none."""
     keys = (k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey))

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shardpar.errors import PlanError
-from shardpar.planner.cost import LayerCost, layer_cost, pipeline_s
+from shardpar.planner.cost import pipeline_s
 from shardpar.planner.options import SearchOptions
+from shardpar.planner.prices import LayerCost, layer_cost
 from shardpar.planner.setting import Setting, Workload
 from shardpar.planner.stages import relaxed
 from shardpar.planner.traffic import arrival_s, border_axes, border_s

@@ -100,7 +100,7 @@ def fits(problem: Problem) -> bool:
 
 def _what_would_fit(peak_bytes: float, problem: Problem) -> str:
     options, cluster = problem.options, problem.cluster
-    kept = ("file", "cluster", "memory_fraction", "epsilon", "rescore", "interleave")
+    kept = ("file", "cluster", "memory_fraction", "epsilon", "rescore", "interleave", "schedule")
     unpinned = replace(
         options,
         **{f.name: None for f in fields(options) if f.name not in kept},  # type: ignore[arg-type]

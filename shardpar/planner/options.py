@@ -32,6 +32,9 @@ class SearchOptions:
       microbatch: sequences per data shard that go through the model at once;
         None lets the planner choose.
       stages: pin the number of pipeline stages; None lets the planner choose.
+      schedule: of several stages: 1f1b, programs of stages; single_jit, equal stages in one
+        program; fastest, single_jit where it is predicted to take less time than what is found
+        otherwise. The certified gap speaks of 1f1b alone.
       pipelines: over unequal devices, 1 for a single pipeline, 2 for two or more; None
         lets the planner choose.
       zero: over unequal devices, whether pipelines keep the optimizer state once between them:
@@ -59,6 +62,7 @@ class SearchOptions:
     attention: Literal["gather", "heads"] | None = None
     microbatch: Degree | None = None
     stages: Degree | None = None
+    schedule: Literal["1f1b", "single_jit", "fastest"] = "1f1b"
     pipelines: Annotated[int, Meta(ge=1, le=2)] | None = None
     zero: Literal["none", "pipelines"] | None = None
     fix: str | None = None

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from shardpar.planner.cost import LayerCost
 from shardpar.planner.layers import Chosen
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.priced import Priced
+from shardpar.planner.prices import LayerCost
 from shardpar.planner.setting import Setting, Workload
 from shardpar.planner.space import Part, Space, parts_of, space_of
 from shardpar.planner.stages import Division, StageSeconds, divide, relaxed

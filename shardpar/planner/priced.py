@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from shardpar.planner.cost import LayerCost
 from shardpar.planner.layers import Choice
+from shardpar.planner.prices import LayerCost
 from shardpar.planner.space import Space
 from shardpar.spec.plan import LayerStrategy
 

@@ -23,7 +23,7 @@ from shardpar.planner.setting import Workload
 from shardpar.planner.stages import most_even
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import LayerGraph
-from shardpar.spec.plan import Plan
+from shardpar.spec.plan import Pipeline, Plan
 
 
 def rebalanced(
@@ -39,7 +39,7 @@ def rebalanced(
     the strategy of the nearest layer of its class that the stage had, or else of the nearest
     layer. A pipeline gets at least as many micro-batches as it has stages, or as it had if
     those were fewer, or none at all: then its devices stand by. Of an interleaved pipeline the
-    layers stay too.
+    layers stay too. A single_jit pipeline becomes a 1f1b one, as its stages are no longer equal.
 
     Args:
       plan: what runs now; its shares of the batch need not matter any more.
@@ -53,7 +53,7 @@ def rebalanced(
       PlanError: no numbers of micro-batches add up to the batch.
     """
     dealt = [
-        Dealt(pipeline, graph, cluster, workload, options, plan.tensor_dims, plan.zero)
+        Dealt(_apart(pipeline), graph, cluster, workload, options, plan.tensor_dims, plan.zero)
         for pipeline in plan.pipelines
     ]
     batch = workload.global_batch
@@ -69,6 +69,10 @@ def rebalanced(
         return rebalanced(replace(plan, zero="none"), graph, cluster, workload, options)
     found = replace(plan, global_batch=batch, pipelines=pipelines, objective=None)
     return with_peaks(found, graph, cluster, workload)
+
+
+def _apart(pipeline: Pipeline) -> Pipeline:
+    return replace(pipeline, schedule="1f1b") if pipeline.schedule == "single_jit" else pipeline
 
 
 def with_peaks(plan: Plan, graph: LayerGraph, cluster: Cluster, workload: Workload) -> Plan:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from shardpar.errors import PlanError
 from shardpar.planner.cost import PlanCost, plan_cost
+from shardpar.planner.equal_plans import best_equal, with_dispatch_s
 from shardpar.planner.infeasible import nothing_fits
 from shardpar.planner.interleave import Played, interleaved_bound_s, with_interleaving
 from shardpar.planner.options import SearchOptions
@@ -155,7 +156,8 @@ def search(
         raise nothing_fits(graph, cluster, workload, options)
     solved += _next_best(problem, unsolved, best_s, options.rescore - 1)
     alone = list(map(_alone, solved))
-    step_s, plan, cost, simulated_s = _rescored(problem, [*combined, *alone], best_s)
+    chosen_plan = _rescored(problem, [*combined, *alone], best_s)
+    step_s, plan, cost, simulated_s = _or_equal_stages(problem, chosen_plan)
     if any(pipeline.schedule == "interleaved" for pipeline in plan.pipelines):
         # Of a larger space than the one that was searched, the bound is less close.
         floor = min(floor, interleaved_bound_s(problem, _unequal(cluster)))
@@ -271,6 +273,27 @@ def _fits(problem: Problem, plan: Plan) -> bool:
         for pipeline in plan.pipelines
         for stage in pipeline.stages
     )
+
+
+def _or_equal_stages(
+    problem: Problem, found: tuple[float, Plan, PlanCost, float]
+) -> tuple[float, Plan, PlanCost, float]:
+    """The best plan of equal stages in one program instead, where it is asked for or faster."""
+    schedule, (_, plan, _, simulated_s) = problem.options.schedule, found
+    if schedule == "1f1b":
+        return found
+    wanted = schedule == "single_jit"
+    equal = best_equal(problem, math.inf if wanted else with_dispatch_s(plan, simulated_s))
+    if equal is None and wanted:
+        raise PlanError(
+            "plan.schedule is single_jit, but no plan of equal stages in one program fits these "
+            "devices and this batch: the layers that repeat and the micro-batches must be "
+            "multiples of the stages; write plan.schedule=fastest, or plan.stages=N"
+        )
+    if equal is None:
+        return found
+    simulated_s, plan, cost = equal
+    return cost.step_s, plan, cost, simulated_s
 
 
 def _unequal(cluster: Cluster) -> bool:

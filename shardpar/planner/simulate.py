@@ -8,19 +8,24 @@ Gradients are summed across pipelines when all copies of a stage's layers are do
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from shardpar.planner.cost import PlanCost
-from shardpar.spec.plan import Plan
+from shardpar.planner.prices import StageCost
+from shardpar.spec.plan import Pipeline, Plan
 from shardpar.spec.schedule import play
 
-EventKind = Literal["forward", "backward", "sync", "update"]
+EventKind = Literal["forward", "backward", "ends", "sync", "update"]
 
 
 @dataclass(frozen=True)
 class Event:
-    """What one stage does from `start_s` to `end_s`; `microbatch` is -1 once a step."""
+    """What one stage does from `start_s` to `end_s`; `microbatch` is -1 once a step.
+
+    "ends" is a stage's share of the first and last layers of a single_jit pipeline.
+    """
 
     pipeline: int
     stage: int
@@ -60,6 +65,11 @@ def simulate(plan: Plan, cost: PlanCost) -> Timeline:
     ends: list[list[float]] = []
     for number, pipeline in enumerate(plan.pipelines):
         prices = [next(stages) for _ in pipeline.stages]
+        if pipeline.schedule == "single_jit":
+            found, end_s = _lockstep(number, pipeline, prices)
+            events += found
+            ends.append([end_s] * len(pipeline.stages))
+            continue
         played = play(
             pipeline,
             [(price.forward_s, price.backward_s) for price in prices],
@@ -96,3 +106,35 @@ def simulate(plan: Plan, cost: PlanCost) -> Timeline:
     return Timeline(
         tuple(sorted(events, key=lambda e: (e.start_s, e.pipeline, e.stage))), step_s, bubble
     )
+
+
+def _lockstep(
+    number: int, pipeline: Pipeline, prices: Sequence[StageCost]
+) -> tuple[list[Event], float]:
+    """All stages tick by tick, each tick as long as the slowest takes and what it hands on.
+
+    Between the ways, where the loss is, each stage does its share of the first and last layers.
+    """
+    count, stages = pipeline.num_microbatches, len(prices)
+    hop_s = max(price.sent_s for price in prices) / 2
+    events: list[Event] = []
+    at = 0.0
+    ways: tuple[tuple[EventKind, list[float]], ...] = (
+        ("forward", [price.forward_s for price in prices]),
+        ("backward", [price.backward_s for price in prices]),
+    )
+    for kind, seconds in ways:
+        tick_s = max(seconds) + hop_s
+        for tick in range(count + stages - 1):
+            for stage in range(stages):
+                microbatch = tick - (stage if kind == "forward" else stages - 1 - stage)
+                if 0 <= microbatch < count:
+                    start_s = at + tick * tick_s
+                    end_s = start_s + seconds[stage]
+                    events.append(Event(number, stage, kind, microbatch, start_s, end_s))
+        at += (count + stages - 1) * tick_s
+        if kind == "forward" and any(price.ends_s for price in prices):
+            shares = [count * price.ends_s for price in prices]
+            events += [Event(number, s, "ends", -1, at, at + x) for s, x in enumerate(shares)]
+            at += max(shares)
+    return events, at

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from shardpar.errors import PlanError
-from shardpar.planner.cost import LayerCost, layer_cost
 from shardpar.planner.layers import Choice, Chosen, Run, bounds, choose, leanest_choice, least_bytes
+from shardpar.planner.prices import LayerCost, layer_cost
 from shardpar.planner.setting import Setting
 from shardpar.planner.strategies import Pins, layer_strategies
 from shardpar.planner.traffic import border_axes, border_s

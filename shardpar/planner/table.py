@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shardpar.planner.cost import floor_s
 from shardpar.planner.pipeline import Found, Groups, Problem, Shape, best_pipeline, lower_bound
+from shardpar.planner.prices import floor_s
 from shardpar.planner.setting import Setting
 from shardpar.planner.stock import Stock, Units
 from shardpar.spec.mesh import Mesh

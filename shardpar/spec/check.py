@@ -7,6 +7,7 @@ import difflib
 from shardpar.errors import PlanError
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.graph import LayerClass, LayerGraph
+from shardpar.spec.lockstep import equal_stages, require_equal_pipelines
 from shardpar.spec.mesh import Mesh
 from shardpar.spec.parameters import activation_layout, optimizer_layout
 from shardpar.spec.plan import TENSOR_DIMS, LayerStrategy, Pipeline, Plan
@@ -36,6 +37,7 @@ def check(plan: Plan, graph: LayerGraph, cluster: Cluster | None = None) -> None
                 "plan again for this cluster, or start with more devices"
             )
     _check_tensor_dims(plan, graph)
+    require_equal_pipelines(plan)
     for number, pipeline in enumerate(plan.pipelines):
         try:
             _check_pipeline(pipeline, plan, graph)
@@ -90,6 +92,8 @@ def _check_pipeline(pipeline: Pipeline, plan: Plan, graph: LayerGraph) -> None:
     rest = [layer.name for layer in graph.layers[position:]]
     if rest:
         raise _left_out(rest)
+    if pipeline.schedule == "single_jit":
+        equal_stages(pipeline, graph)
 
 
 def _left_out(names: list[str]) -> PlanError:

@@ -16,7 +16,7 @@ from shardpar.errors import PlanError
 from shardpar.spec.mesh import Axes, Mesh
 
 Recompute = Literal["none", "selective", "full"]
-Schedule = Literal["1f1b", "gpipe", "interleaved"]
+Schedule = Literal["1f1b", "gpipe", "interleaved", "single_jit"]
 Attention = Literal["gather", "heads"]
 Zero = Literal["none", "pipelines"]
 
@@ -134,7 +134,8 @@ class Pipeline:
       sequences: sequences of the global batch this pipeline trains on.
       microbatch: sequences in one micro-batch, over all the first stage's data shards.
       schedule: order of forwards and backwards; where it is interleaved, each group of devices
-        holds several stages: stage s is on the devices of stage s - groups.
+        holds several stages: stage s is on the devices of stage s - groups. With single_jit
+        equal stages go in lockstep in one program (`spec.lockstep`).
       stages: in model order.
     """
 
@@ -155,11 +156,19 @@ class Pipeline:
                 f"of {self.microbatch}; use a divisor of {self.sequences}"
             )
         if self.schedule not in get_args(Schedule):
-            raise PlanError(f"schedule is {self.schedule!r}; write 1f1b, gpipe or interleaved")
+            raise PlanError(
+                f"schedule is {self.schedule!r}; write 1f1b, gpipe, interleaved or single_jit"
+            )
         if not self.stages:
             raise PlanError("a pipeline has no stages")
         if self.schedule == "interleaved":
             self._check_interleaved()
+        if self.schedule == "single_jit" and self.num_microbatches % len(self.stages):
+            # First and last layers are shared out: each stage does them for its micro-batches.
+            raise PlanError(
+                f"a single_jit pipeline of {len(self.stages)} stages has {self.num_microbatches} "
+                f"micro-batches; use a multiple of {len(self.stages)}"
+            )
 
     def _check_interleaved(self) -> None:
         groups = self.num_groups

@@ -66,7 +66,7 @@ def actions(
     """What one group of devices does, in order.
 
     Args:
-      schedule: "1f1b", "gpipe" or "interleaved".
+      schedule: "1f1b", "gpipe", "interleaved" or "single_jit".
       groups: how many groups the pipeline has.
       group: which one, 0 the first.
       microbatches: of one step.
@@ -97,7 +97,7 @@ def _actions(
     schedule: Schedule, groups: int, group: int, microbatches: int, chunks: int
 ) -> tuple[Action, ...]:
     forward, backward = _ways(groups if schedule == "interleaved" else 1, microbatches, chunks)
-    if schedule == "gpipe":
+    if schedule in ("gpipe", "single_jit"):
         ahead = microbatches
     elif schedule == "1f1b":
         ahead = groups - group - 1
@@ -129,7 +129,12 @@ def held(
 
     >>> [held("1f1b", 4, s, 8) for s in range(4)], held("gpipe", 4, 0, 8)
     ([4, 3, 2, 1], 8)
+    >>> held("single_jit", 4, 0, 8)
+    11
     """
+    if schedule == "single_jit":
+        # In lockstep a stage computes, and keeps, something on every tick.
+        return microbatches + groups - 1
     if schedule == "gpipe":
         return microbatches
     if schedule == "1f1b":

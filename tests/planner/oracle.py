@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from shardpar.errors import PlanError
-from shardpar.planner.cost import PlanCost, layer_cost, plan_cost
+from shardpar.planner.cost import PlanCost, plan_cost
 from shardpar.planner.options import SearchOptions
+from shardpar.planner.prices import layer_cost
 from shardpar.planner.setting import Setting, Workload
 from shardpar.planner.strategies import Pins, layer_strategies, pins_of
 from shardpar.planner.traffic import arrival_s, border_axes, border_s

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shardpar.planner.cost import LayerCost, plan_cost
+from shardpar.planner.cost import plan_cost
+from shardpar.planner.prices import LayerCost
 from shardpar.planner.setting import Workload
 from shardpar.planner.traffic import _moved_shares, _ring_s, border_axes, predicted_collectives
 from shardpar.spec.cluster import Link

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shardpar.planner.cost import PlanCost, StageCost, plan_cost
+from shardpar.planner.cost import PlanCost, plan_cost
+from shardpar.planner.prices import StageCost
 from shardpar.planner.setting import Workload
 from shardpar.planner.simulate import Event, simulate
 from shardpar.spec.mesh import Mesh

@@ -8,10 +8,10 @@ import math
 import numpy as np
 import pytest
 
-from shardpar.planner.cost import floor_s, layer_cost
 from shardpar.planner.options import SearchOptions
 from shardpar.planner.pipeline import Problem, Shape, best_pipeline, lower_bound
 from shardpar.planner.pipelines import best_combination
+from shardpar.planner.prices import floor_s, layer_cost
 from shardpar.planner.setting import Workload
 from shardpar.planner.stock import Stock
 from shardpar.planner.table import Table

@@ -59,7 +59,7 @@ ONE = Stage((0,), Mesh(), ALL)
         ),
         (
             lambda: Pipeline(8, 8, (ONE,), "zigzag"),
-            "schedule is 'zigzag'; write 1f1b, gpipe or interleaved",
+            "schedule is 'zigzag'; write 1f1b, gpipe, interleaved or single_jit",
         ),
         (lambda: Pipeline(8, 8, ()), "a pipeline has no stages"),
         (lambda: Plan("x", 0, ()), "a plan has no pipelines; give it at least one"),

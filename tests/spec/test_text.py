@@ -178,7 +178,7 @@ pipelines:
         (
             "1f1b", "1f2b",
             "line 8: pipelines[0].schedule: invalid enum value '1f2b'; "
-            "write 1f1b, gpipe or interleaved",
+            "write 1f1b, gpipe, interleaved or single_jit",
         ),
         (
             "full", "everything",
