@@ -1,0 +1,1 @@
+"""Sparse models and graphs whose parameters outgrow one device."""
