@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from rich.table import Table
 
 from shardpar.cli.graph import Job
 from shardpar.cli.tables import console, print_json
-from shardpar.errors import UserError
+from shardpar.errors import DataError, UserError
 from shardpar.ps.graph.backends import (
     Algorithm,
     Backend,
@@ -25,10 +25,16 @@ from shardpar.ps.graph.backends import (
     needs_devices,
 )
 from shardpar.ps.graph.columns import check_destination, write_columns
+from shardpar.ps.graph.common_neighbours import common_neighbours as count_common
+from shardpar.ps.graph.components import components as components_on_host
 from shardpar.ps.graph.edges import EdgeList, EdgeOptions, read_edges
 from shardpar.ps.graph.graph import Graph
+from shardpar.ps.graph.kcore import core_numbers
+from shardpar.ps.graph.label_propagation import LabelOptions, label_propagation
+from shardpar.ps.graph.louvain import louvain
 from shardpar.ps.graph.pagerank import PageRankOptions
 from shardpar.ps.graph.pagerank import pagerank as pagerank_on_host
+from shardpar.ps.graph.triangles import triangles as count_triangles
 from shardpar.run.progress import Progress
 
 _SHOWN_ROWS = 5
@@ -48,7 +54,7 @@ class Outcome:
     columns: Mapping[str, np.ndarray]
     figures: Mapping[str, Any]
     first: np.ndarray | None = None
-    top: str = field(default="")
+    top: str = ""
 
 
 def pagerank(job: Job, tol: float, damping: float, restart: list[str], directed: bool) -> None:
@@ -71,12 +77,133 @@ def pagerank(job: Job, tol: float, damping: float, restart: list[str], directed:
     _run("pagerank", job, compute)
 
 
-def _run(algorithm: Algorithm, job: Job, compute: Callable[[Graph, Backend], Outcome]) -> None:
+def components(job: Job, strong: bool) -> None:
+    """`shardpar graph components`."""
+    if strong and (job.devices is not None or job.backend == "jax"):
+        raise UserError("--strong runs on one host only; leave --devices and --backend jax out")
+
+    def compute(graph: Graph, backend: Backend) -> Outcome:
+        if backend.name == "jax":
+            found = _sharded("components").components(graph)
+        else:
+            found = components_on_host(graph, strong=strong)
+        return Outcome(
+            {"node": graph.names, "component": found.labels},
+            {"components": len(found.sizes), "largest": int(found.sizes[0])},
+        )
+
+    forced = Backend("scipy", "strong components run on one host") if strong else None
+    _run("components", job, compute, forced)
+
+
+def kcore(job: Job) -> None:
+    """`shardpar graph kcore`."""
+
+    def compute(graph: Graph, backend: Backend) -> Outcome:
+        core = core_numbers(graph, backend.name)
+        highest = int(core.max())
+        figures = {"highest_core": highest, "nodes_in_it": int((core == highest).sum())}
+        return Outcome({"node": graph.names, "core": core}, figures)
+
+    _run("kcore", job, compute)
+
+
+def communities(job: Job, method: str, resolution: float, seed: int) -> None:
+    """`shardpar graph communities`."""
+
+    def compute(graph: Graph, backend: Backend) -> Outcome:
+        if method == "louvain":
+            found = louvain(graph, backend.name, resolution=resolution, seed=seed)
+        elif backend.name == "jax":
+            run = _sharded("label_propagation").label_propagation
+            found = run(graph, LabelOptions(seed=seed))
+        else:
+            found = label_propagation(graph, LabelOptions(seed=seed))
+        return Outcome(
+            {"node": graph.names, "community": found.labels},
+            {
+                "communities": len(found.sizes),
+                "largest": int(found.sizes[0]),
+                "modularity": found.modularity,
+            },
+        )
+
+    if method == "louvain":
+        _run("louvain", job, compute)
+    elif resolution != 1.0:
+        raise UserError("--resolution goes with --method louvain only")
+    else:
+        _run("label-propagation", job, compute)
+
+
+def triangles(job: Job) -> None:
+    """`shardpar graph triangles`."""
+
+    def compute(graph: Graph, backend: Backend) -> Outcome:
+        found = count_triangles(graph, backend.name)
+        return Outcome(
+            {"node": graph.names, "triangles": found.counts, "clustering": found.clustering},
+            {
+                "triangles": found.total,
+                "mean_clustering": float(found.clustering.mean()),
+                "transitivity": found.transitivity,
+            },
+            _largest(found.counts),
+            "most triangles",
+        )
+
+    _run("triangles", job, compute)
+
+
+def common_neighbours(job: Job, pairs: str | None, top: int | None) -> None:
+    """`shardpar graph common-neighbours`."""
+
+    def compute(graph: Graph, _: Backend) -> Outcome:
+        found = count_common(graph, _pairs(pairs, graph) if pairs else None, top=top)
+        return Outcome(
+            {
+                "source": graph.names[found.sources],
+                "target": graph.names[found.targets],
+                "common": found.common,
+            },
+            {"pairs": len(found.common)},
+            _largest(found.common),
+            "most common neighbours",
+        )
+
+    _run("common-neighbours", job, compute)
+
+
+def _pairs(path: str, graph: Graph) -> tuple[np.ndarray, np.ndarray]:
+    """The nodes of a file of pairs.
+
+    Raises:
+      DataError: naming the file, and the line or the node at fault.
+    """
+    options = EdgeOptions(ids="int" if graph.names.dtype.kind == "i" else "string", weighted=False)
+    listed = read_edges(path, options).graph
+    try:
+        place = graph.indices_of(listed.names)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    return place[listed.sources], place[listed.targets]
+
+
+def _run(
+    algorithm: Algorithm,
+    job: Job,
+    compute: Callable[[Graph, Backend], Outcome],
+    forced: Backend | None = None,
+) -> None:
     place = check_destination(job.out)
     if Path(job.edges).exists() and place.exists() and place.samefile(job.edges):
         raise UserError(f"--out {job.out}: this is the edge list itself; write another name")
     installed = installed_backends()
-    asked = None if job.backend == "auto" else asked_backend(algorithm, job.backend, installed)
+    asked = forced
+    if job.backend != "auto":
+        asked = forced or asked_backend(algorithm, job.backend, installed)
+    if job.devices is not None and asked is not None and asked.name != "jax":
+        raise UserError(f"--devices goes with --backend jax, not with {asked.name}")
     with Progress() as progress:
         read, read_s = _timed(lambda: _read(job, progress))
         graph = read.graph

@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as arrow
-import pyarrow.compute as compute
-from pyarrow import csv
+from pyarrow import compute, csv
 
 Ids = Literal["int", "string"]
 
@@ -33,10 +32,10 @@ _PEEKED_LINES = 200
 
 @dataclass(frozen=True)
 class Dialect:
-    """How the lines of one file are written.
+    r"""How the lines of one file are written.
 
     Attributes:
-      separator: b" " for any run of spaces and tabs, b"\\t" or b",".
+      separator: b" " for any run of spaces and tabs, b"\t" or b",".
       columns: how many fields each line has.
       weighted: the third is the edge's weight.
       ids: whether nodes are integers of 64 bits, or text.
@@ -76,10 +75,10 @@ class Parsed:
 
 
 def without_comments(data: bytes) -> bytes:
-    """The same lines; those that begin with # or % are blank.
+    r"""The same lines; those that begin with # or % are blank.
 
-    >>> without_comments(b"# by hand\\n1 2\\n")
-    b'\\n1 2\\n'
+    >>> without_comments(b"# by hand\n1 2\n")
+    b'\n1 2\n'
     """
     return _COMMENT.sub(b"", data) if b"#" in data or b"%" in data else data
 
@@ -87,14 +86,14 @@ def without_comments(data: bytes) -> bytes:
 def dialect_of(
     head: bytes, *, ids: Ids | None = None, weighted: bool | None = None
 ) -> Dialect | None:
-    """How a file is written, by its first lines; None if they hold no data.
+    r"""How a file is written, by its first lines; None if they hold no data.
 
     Args:
       head: whole lines, without comments.
       ids: None decides by what most lines have.
       weighted: None decides by whether most lines have a third field that is a number.
 
-    >>> dialect_of(b"a,b,0.5\\n")
+    >>> dialect_of(b"a,b,0.5\n")
     Dialect(separator=b',', columns=3, weighted=True, ids='string', header_line=0)
     """
     numbered = [(i, line.strip()) for i, line in enumerate(head.split(b"\n"), 1)]
@@ -132,6 +131,7 @@ def parse(data: bytes, first_line: int, dialect: Dialect) -> Parsed:
     Args:
       data: ends with a newline; comments are blank already.
       first_line: the number of its first line.
+      dialect: how they are written.
     """
     text = _tidy(data, dialect)
     found = list(_halves(text, first_line, dialect))

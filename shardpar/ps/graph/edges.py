@@ -11,11 +11,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as arrow
-import pyarrow.compute as compute
+from pyarrow import compute
 
 from shardpar.errors import DataError
 from shardpar.ps.graph.edge_lines import (
@@ -165,7 +165,6 @@ def _too_bad(
 
 def _chunks(path: Path, chunk_bytes: int, notify: Callable[[int, int], None]) -> Iterator[bytes]:
     """Whole lines of about so many bytes; the last one ends with a newline too."""
-    line = 1
     try:
         with open(path, "rb") as raw:
             size = os.fstat(raw.fileno()).st_size
@@ -176,37 +175,29 @@ def _chunks(path: Path, chunk_bytes: int, notify: Callable[[int, int], None]) ->
                     raise DataError(f"{path}: this is {name}; give text, or text in gzip")
             source: Any = gzip.GzipFile(fileobj=raw) if start.startswith(_GZIP) else raw
             is_first = True
-            for pieces in _pieces(path, source, chunk_bytes, lambda: line):
-                data = pieces.removeprefix(b"\xef\xbb\xbf") if is_first else pieces
+            for data in _whole_lines(path, source, chunk_bytes):
+                yield data.removeprefix(b"\xef\xbb\xbf") if is_first else data
                 is_first = False
-                yield data
-                line += data.count(b"\n")
                 notify(min(raw.tell(), size), size)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
 
 
-def _pieces(
-    path: Path, source: BinaryIO, chunk_bytes: int, line: Callable[[], int]
-) -> Iterator[bytes]:
+def _whole_lines(path: Path, source: Any, chunk_bytes: int) -> Iterator[bytes]:
     kept: list[bytes] = []
-    held = 0
-
-    def reached() -> int:
-        return line() + sum(piece.count(b"\n") for piece in kept)
-
+    held = line = 0
     while True:
         try:
-            piece = source.read(min(_PIECE_BYTES, chunk_bytes))
-        except EOFError:
+            piece = source.read1(min(_PIECE_BYTES, chunk_bytes))
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            reached = 1 + line + sum(piece.count(b"\n") for piece in kept)
+            said = (
+                "the file is cut off: its gzip stream has no end mark"
+                if isinstance(error, EOFError)
+                else f"its gzip stream is damaged ({error})"
+            )
             raise DataError(
-                f"{path}: the file is cut off: its gzip stream ends at line {reached()} without "
-                "its end mark; fetch it again"
-            ) from None
-        except (zlib.error, gzip.BadGzipFile) as error:
-            raise DataError(
-                f"{path}: its gzip stream is damaged after line {reached()} ({error}); "
-                "fetch it again"
+                f"{path}: {said}; it could be read up to line {reached}; fetch it again"
             ) from None
         if not piece:
             break
@@ -216,12 +207,13 @@ def _pieces(
             continue
         data = b"".join(kept)
         end = data.rfind(b"\n") + 1
-        if len(data) - end > _LONGEST_LINE_BYTES:
+        line += data.count(b"\n", 0, end)
+        kept, held = [data[end:]], len(data) - end
+        if held > _LONGEST_LINE_BYTES:
             raise DataError(
-                f"{path}:{reached()}: a line of more than {_LONGEST_LINE_BYTES} bytes; "
+                f"{path}:{line + 1}: a line of more than {_LONGEST_LINE_BYTES} bytes; "
                 "an edge list has an edge a line"
             )
-        kept, held = [data[end:]], len(data) - end
         if end:
             yield data[:end]
     rest = b"".join(kept)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sparse
+from scipy import sparse
 
 from shardpar.errors import DataError
 
@@ -61,20 +61,30 @@ class Graph:
         Raises:
           DataError: there is no such node.
         """
-        numeric = self.names.dtype.kind == "i"
-        found = []
+        wanted = list(names)
+        if self.names.dtype.kind == "i":
+            wanted = [_as_int(name) for name in wanted]
+            called = np.array(wanted, np.int64)
+        else:
+            called = np.array([str(name) for name in wanted], object)
         order = np.argsort(self.names, kind="stable")
-        for name in names:
-            try:
-                wanted = int(name) if numeric else str(name)
-                at = int(np.searchsorted(self.names, wanted, sorter=order))
-            except (ValueError, OverflowError):
-                raise DataError(f"there is no node {name!r}: the nodes are integers") from None
-            if at == self.num_nodes or self.names[order[at]] != wanted:
-                example = self.names[order[min(at, self.num_nodes - 1)]]
-                raise DataError(f"there is no node {name!r}; there is {example!s}, for example")
-            found.append(int(order[at]))
-        return np.asarray(found, np.int64)
+        at = np.searchsorted(self.names, called, sorter=order)
+        inside = np.minimum(at, self.num_nodes - 1)
+        missing = np.flatnonzero(self.names[order[inside]] != called)
+        if missing.size:
+            name, near = called[missing[0]], self.names[order[inside[missing[0]]]]
+            raise DataError(f"there is no node {name!s}; there is {near!s}, for example")
+        return order[inside]
+
+
+def _as_int(name: Any) -> int:
+    try:
+        number = int(name)
+    except ValueError:
+        raise DataError(f"there is no node {name!s}: the nodes are integers") from None
+    if not -(2**63) <= number < 2**63:
+        raise DataError(f"there is no node {name!s}: the nodes are integers of 64 bits")
+    return number
 
 
 def from_arrays(
@@ -84,7 +94,8 @@ def from_arrays(
     """A graph from arrays of node indices.
 
     Args:
-      sources, targets: int[edges], from 0 on.
+      sources: int[edges], from 0 on: where edges begin.
+      targets: int[edges]: where they end.
       weights: float[edges], not negative and finite.
       num_nodes: one more than the highest index if not given.
       names: [nodes]; 0, 1, 2, … if not given.
@@ -185,3 +196,18 @@ def simple(graph: Graph) -> Graph:
     return Graph(
         graph.num_nodes, source.astype(np.int32), target.astype(np.int32), weights, graph.names
     )
+
+
+def ranges(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """The numbers of all ranges, one range after the other.
+
+    Args:
+      starts: int[ranges], the first number of each.
+      ends: int[ranges], one more than the last of each.
+
+    >>> ranges(np.array([3, 7]), np.array([5, 10])).tolist()
+    [3, 4, 7, 8, 9]
+    """
+    lengths = ends - starts
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.sparse as sparse
+from scipy import sparse
 
 from shardpar.errors import DataError, RunError, UserError
 from shardpar.ps.graph.graph import Graph, incoming
