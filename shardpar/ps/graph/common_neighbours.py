@@ -72,6 +72,7 @@ def common_neighbours(
 
 def _of_pairs(graph: Graph, sources: np.ndarray, targets: np.ndarray) -> np.ndarray:
     matrix = incoming(graph, directed=False, dtype=np.int32)
+    matrix.data[:] = 1
     matrix.sort_indices()
     degree = np.diff(matrix.indptr)
     done = np.cumsum(degree[sources].astype(np.int64) + degree[targets])

@@ -173,7 +173,7 @@ def simple(graph: Graph) -> Graph:
     """The undirected graph without self-loops, each edge once and from the lower to the higher.
 
     Args:
-      graph: weights of parallel edges, either way, are added up.
+      graph: weights of parallel edges, either way, are added up; without weights they are one.
 
     >>> once = simple(from_arrays([0, 1, 1, 2], [1, 0, 1, 1]))
     >>> once.sources.tolist(), once.targets.tolist()

@@ -57,7 +57,8 @@ def label_propagation(graph: Graph, options: LabelOptions | None = None) -> Comm
     the labels' random order.
 
     Args:
-      graph: directions and self-loops do not count; weights of parallel edges add up.
+      graph: directions and self-loops do not count. Of parallel edges weights add up; without
+        weights they count once.
       options: seed and limit.
 
     >>> from shardpar.ps.graph.graph import from_arrays

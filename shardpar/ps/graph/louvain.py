@@ -42,7 +42,8 @@ def louvain(
     It is a heuristic: backends, and seeds, find different partitions of much the same modularity.
 
     Args:
-      graph: directions and self-loops do not count; weights of parallel edges add up.
+      graph: directions and self-loops do not count. Of parallel edges weights add up; without
+        weights they count once.
       backend: igraph or networkit.
       resolution: above 1 for smaller communities.
       seed: igraph finds the same communities for the same seed.

@@ -130,11 +130,10 @@ class _Walk:
         moved *= self.damping
         return moved
 
-    def step(self, ranks: np.ndarray) -> np.ndarray:
-        """The same, with restarts from nodes without edges out."""
+    def step(self, ranks: np.ndarray, mass: float) -> np.ndarray:
+        """The same with restarts, whatever makes them: what is missing of `mass` goes home."""
         moved = self.along_edges(ranks)
-        if self.dangling.size:
-            moved += self.home * (self.damping * ranks[self.dangling].sum())
+        moved += self.home * moved.dtype.type(mass - moved.sum(dtype=np.float64))
         return moved
 
 
@@ -145,7 +144,7 @@ def _by_power(walk: _Walk, draft: _Walk, options: PageRankOptions) -> Ranks:
     while True:
         # Mass that float32 lost would decay by no more than the damping in each step.
         ranks /= ranks.sum()
-        residual = walk.step(ranks) + (1 - options.damping) * walk.home - ranks
+        residual = walk.step(ranks, 1.0) - ranks
         iterations += 1
         left = _norm(residual)
         if left <= goal:
@@ -154,12 +153,13 @@ def _by_power(walk: _Walk, draft: _Walk, options: PageRankOptions) -> Ranks:
         best = left
         # Scaled to 1, so that nothing underflows.
         change = (residual / left).astype(np.float32)
-        total = change.copy()
-        while iterations < options.max_iterations:
-            change = draft.step(change)
+        total, size = change.copy(), np.inf
+        while iterations + 1 < options.max_iterations:
+            change = draft.step(change, 0.0)
             iterations += 1
             total += change
-            if _norm(change) <= max(_INNER_GAIN, _SAFETY * goal / left):
+            size, before = _norm(change), size
+            if size <= max(_INNER_GAIN, _SAFETY * goal / left) or size >= before:
                 break
         ranks += left * total
 
@@ -189,7 +189,7 @@ def _by_gradients(walk: _Walk, draft: _Walk, options: PageRankOptions) -> Ranks:
         rest = (residual / left).astype(np.float32)
         way, total = rest.copy(), np.zeros_like(rest)
         size = _dot(rest, rest * draft.share)
-        while iterations < options.max_iterations:
+        while iterations + 1 < options.max_iterations:
             ahead = way - draft.along_edges(way)
             iterations += 1
             length = np.float32(size / _dot(way * draft.share, ahead))

@@ -27,7 +27,8 @@ def label_propagation(
     """Communities as `shardpar.ps.graph.label_propagation.label_propagation` finds them.
 
     Args:
-      graph: directions and self-loops do not count; weights of parallel edges add up.
+      graph: directions and self-loops do not count. Of parallel edges weights add up; without
+        weights they count once.
       options: seed and limit.
       devices: to split the edges over; None takes all.
     """
