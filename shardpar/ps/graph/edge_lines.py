@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -36,7 +37,7 @@ class Dialect:
 
     Attributes:
       separator: b" " for any run of spaces and tabs, b"\t" or b",".
-      columns: how many fields each line has.
+      columns: how many fields each line has, as most of the first ones do.
       weighted: the third is the edge's weight.
       ids: whether nodes are integers of 64 bits, or text.
       header_line: the line that names the columns, from 1; 0 if there is none.
@@ -100,20 +101,24 @@ def dialect_of(
     lines = [(i, line) for i, line in numbered if line][:_PEEKED_LINES]
     if not lines:
         return None
-    first = lines[0][1]
-    separator = next((s for s in (b"\t", b",") if s in first), b" ")
-    rows = [_fields(line, separator) for _, line in lines]
-    whole = [all(_INT.fullmatch(f) for f in row[:2]) and len(row) > 1 for row in rows]
+    separator = b" "
+    for candidate in (b",", b"\t"):
+        if sum(candidate in line for _, line in lines) * 2 > len(lines):
+            separator = candidate
+    # Where nodes are integers, any run of tabs and spaces separates as well as one tab.
+    rows = [_fields(line, b" " if separator == b"\t" else separator) for _, line in lines]
+    whole = [len(row) > 1 and all(_INT.fullmatch(f) for f in row[:2]) for row in rows]
     integers = sum(whole) * 2 > len(rows) or (len(rows) == 2 and whole[1])
     kind: Ids = ids or ("int" if integers else "string")
-    if kind == "int" and separator == b"\t":
-        separator = b" "
+    if separator == b"\t":
+        separator = b" " if kind == "int" else separator
         rows = [_fields(line, separator) for _, line in lines]
     words = [f.decode("utf-8", "replace").strip('"').lower() for f in rows[0][:2]]
-    is_header = all(w in _HEADERS for w in words) or (
-        kind == "int" and len(rows) > 1 and whole[1] and not any(_INT.fullmatch(f) for f in rows[0])
+    columns = Counter(map(len, rows)).most_common(1)[0][0]
+    is_header = len(rows[0]) == columns and (
+        all(w in _HEADERS for w in words)
+        or (kind == "int" and len(rows) > 1 and whole[1] and not any(map(_INT.fullmatch, rows[0])))
     )
-    columns = len(rows[0])
     body = rows[1:] if is_header and len(rows) > 1 else rows
     numbers = sum(len(row) > 2 and _weight(row[2]) is not None for row in body)
     return Dialect(
@@ -231,7 +236,8 @@ def _edge(line: bytes, dialect: Dialect) -> tuple[Any, Any, float] | str:
     """An edge, or why the line is none."""
     fields = line.split(dialect.separator)
     if len(fields) != dialect.columns:
-        return f"it has {len(fields)} fields, and the first line has {dialect.columns}"
+        count = f"{len(fields)} field{'' if len(fields) == 1 else 's'}"
+        return f"it has {count}, and other lines have {dialect.columns}"
     if b"\r" in line or b"\0" in line:
         return "it has a control character"
     ends: list[Any] = []

@@ -32,6 +32,7 @@ from shardpar.ps.graph.graph import MAX_NODES, Graph
 _GZIP = b"\x1f\x8b"
 _OTHERS = {b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"PAR1": "Parquet"}
 _PIECE_BYTES = 1 << 18
+_HEAD_BYTES = 1 << 16
 _LONGEST_LINE_BYTES = 1 << 20
 _BAD_LINES_KEPT = 5
 
@@ -122,7 +123,7 @@ def read_edges(
 
 
 def _dialect(path: Any, text: bytes, line: int, options: EdgeOptions) -> Dialect | None:
-    head = text[: 1 << 16]
+    head = text[:_HEAD_BYTES]
     if len(text) > len(head):
         head = head[: head.rfind(b"\n") + 1] or text
     dialect = dialect_of(head, ids=options.ids, weighted=options.weighted)
@@ -133,7 +134,7 @@ def _dialect(path: Any, text: bytes, line: int, options: EdgeOptions) -> Dialect
     if dialect.columns < (3 if dialect.weighted else 2):
         wanted = "source, target and weight" if dialect.weighted else "source and target"
         raise DataError(
-            f"{path}: its first line has {dialect.columns} "
+            f"{path}: its first lines have {dialect.columns} "
             f"field{'' if dialect.columns == 1 else 's'}; write {wanted}, separated by tabs, "
             "commas or spaces"
         )
@@ -186,6 +187,8 @@ def _chunks(path: Path, chunk_bytes: int, notify: Callable[[int, int], None]) ->
 def _whole_lines(path: Path, source: Any, chunk_bytes: int) -> Iterator[bytes]:
     kept: list[bytes] = []
     held = line = 0
+    # The first lines decide how the file is read, whatever the chunks are.
+    limit = max(chunk_bytes, _HEAD_BYTES)
     while True:
         try:
             piece = source.read1(min(_PIECE_BYTES, chunk_bytes))
@@ -203,7 +206,7 @@ def _whole_lines(path: Path, source: Any, chunk_bytes: int) -> Iterator[bytes]:
             break
         kept.append(piece)
         held += len(piece)
-        if held < chunk_bytes:
+        if held < limit:
             continue
         data = b"".join(kept)
         end = data.rfind(b"\n") + 1
@@ -215,6 +218,7 @@ def _whole_lines(path: Path, source: Any, chunk_bytes: int) -> Iterator[bytes]:
                 "an edge list has an edge a line"
             )
         if end:
+            limit = chunk_bytes
             yield data[:end]
     rest = b"".join(kept)
     if rest:
