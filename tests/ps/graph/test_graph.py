@@ -35,7 +35,7 @@ def test_arrays_that_are_no_graph_are_refused(arguments, message):
     sources, targets, weights, nodes = (*arguments, None, None)[:4]
     with pytest.raises(DataError, match=message):
         from_arrays(sources, targets, weights, num_nodes=nodes)
-    with pytest.raises(DataError, match="2 names for 3|names for 3 nodes"):
+    with pytest.raises(DataError, match="names for 3 nodes"):
         from_arrays([0], [2], names=["a", "b"])
 
 
