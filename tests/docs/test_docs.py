@@ -28,6 +28,7 @@ SLOW = {
     "docs/howto/your-own-data.md",
     "docs/howto/resume.md",
     "docs/howto/clusters.md",
+    "docs/howto/graphs.md",
     "docs/howto/profile.md",
     "docs/concepts/planning.md",
 }

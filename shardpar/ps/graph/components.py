@@ -51,7 +51,10 @@ def components(graph: Graph, *, strong: bool = False) -> Components:
         matrix.data[:] = 1
         _, labels = csgraph.connected_components(matrix, directed=True, connection="strong")
         return by_size(labels)
-    return by_size(_roots(graph))
+    roots = _roots(graph)
+    sizes = np.bincount(roots)
+    # A root is the first node of its component.
+    return _numbered(roots, sizes, np.flatnonzero(sizes))
 
 
 def by_size(labels: np.ndarray) -> Components:
@@ -61,13 +64,18 @@ def by_size(labels: np.ndarray) -> Components:
       labels: int[nodes], any numbers from 0 to below the number of nodes.
     """
     sizes = np.bincount(labels)
-    used = np.flatnonzero(sizes)
-    first = np.empty(len(sizes), np.int64)
+    first = np.zeros(len(sizes), np.int64)
     first[labels[::-1]] = np.arange(len(labels) - 1, -1, -1)
-    order = used[np.lexsort((first[used], -sizes[used]))]
+    used = np.flatnonzero(sizes)
+    return _numbered(labels, sizes, used[np.argsort(first[used])])
+
+
+def _numbered(labels: np.ndarray, sizes: np.ndarray, classes: np.ndarray) -> Components:
+    """`classes`: the labels in use, in order of their first node."""
+    order = classes[np.argsort(-sizes[classes], kind="stable")]
     number = np.empty(len(sizes), np.int32)
     number[order] = np.arange(len(order), dtype=np.int32)
-    return Components(number[labels], sizes[order])
+    return Components(number.take(labels), sizes[order])
 
 
 def _roots(graph: Graph) -> np.ndarray:
@@ -76,12 +84,10 @@ def _roots(graph: Graph) -> np.ndarray:
     parents = np.arange(graph.num_nodes)
     every = len(sources) // max(_SAMPLED_PER_NODE * graph.num_nodes, 1)
     if every > 1:
-        parents = _hooked(
-            parents,
-            sources[::every].astype(np.intp),
-            targets[::every].astype(np.intp),
-            _SAMPLING_ROUNDS,
-        )
+        some, others = sources[::every].astype(np.intp), targets[::every].astype(np.intp)
+        # The first round: every node is a root still.
+        parents[np.maximum(some, others)] = np.minimum(some, others)
+        parents = _hooked(_flat(parents), some, others, _SAMPLING_ROUNDS - 1)
         giant = np.bincount(parents[sources[:1024]]).argmax()
         leaving = _leaving(parents != giant, sources, targets)
         sources, targets = sources[leaving], targets[leaving]
