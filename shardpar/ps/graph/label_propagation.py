@@ -1,14 +1,15 @@
 """Communities by label propagation, on one host.
 
 Raghavan, Albert and Kumara, Near linear time algorithm to detect community structures (2007), in
-the semi-synchronous form of Cordasco and Gargano (2010): nodes are in two halves that move in
-turn, so labels do not swap for ever, and the result does not depend on the order of nodes or on
-how they are spread over devices.
+the semi-synchronous form of Cordasco and Gargano (2010): not all nodes move at once, so labels do
+not swap for ever. Here two halves move in turn and are drawn anew in every iteration, which needs
+no colouring; the result depends on the seed, not on how nodes are spread over devices.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,19 +36,24 @@ class LabelOptions:
             raise UserError(f"max_iterations is {self.max_iterations}; write 1 or more")
 
 
-@dataclass(frozen=True, eq=False)
-class Start:
-    """What all backends begin with: a label for each node, and the half it is in."""
-
-    labels: np.ndarray
-    halves: np.ndarray
+def first_labels(num_nodes: int, seed: int) -> np.ndarray:
+    """int32[nodes]: a label for each node, in random order."""
+    return np.random.default_rng(seed).permutation(num_nodes).astype(np.int32)
 
 
-def start(num_nodes: int, seed: int) -> Start:
-    """Distinct labels in random order, int32[nodes], and halves, bool[nodes]."""
-    generator = np.random.default_rng(seed)
-    labels = generator.permutation(num_nodes).astype(np.int32)
-    return Start(labels, generator.random(num_nodes) < 0.5)
+def second_half(nodes: Any, iteration: Any, seed: int) -> Any:
+    """bool[nodes]: which nodes move second in an iteration, by a hash.
+
+    Args:
+      nodes: uint32[nodes] of NumPy or JAX; so is the result.
+      iteration: uint32.
+      seed: of the hash.
+    """
+    mixed = nodes * np.uint32(0x9E3779B1) + np.uint32(seed % 2**32)
+    mixed = (mixed ^ (mixed >> 16)) + iteration
+    mixed = mixed * np.uint32(0x7FEB352D)
+    mixed = (mixed ^ (mixed >> 15)) * np.uint32(0x846CA68B)
+    return ((mixed ^ (mixed >> 16)) & 1) == 1
 
 
 def label_propagation(graph: Graph, options: LabelOptions | None = None) -> Communities:
@@ -70,14 +76,15 @@ def label_propagation(graph: Graph, options: LabelOptions | None = None) -> Comm
     once = simple(graph)
     matrix = incoming(once, directed=False)
     starts, neighbours = matrix.indptr, matrix.indices
-    begin = start(once.num_nodes, options.seed)
-    labels = begin.labels.copy()
+    labels = first_labels(once.num_nodes, options.seed)
+    every = np.arange(once.num_nodes, dtype=np.uint32)
     active = np.diff(starts) > 0
-    for _ in range(options.max_iterations):
+    for iteration in range(options.max_iterations):
         if not active.any():
             break
+        second = second_half(every, np.uint32(iteration), options.seed)
         for half in (False, True):
-            nodes = np.flatnonzero(active & (begin.halves == half))
+            nodes = np.flatnonzero(active & (second == half))
             active[nodes] = False
             edges = ranges(starts[nodes], starts[nodes + 1])
             rows = np.repeat(np.arange(len(nodes)), starts[nodes + 1] - starts[nodes])

@@ -97,7 +97,9 @@ def test_labels_are_the_same_over_any_number_of_devices(weighted):
             assert found.labels.tolist() == wanted
 
 
-def test_a_two_coloured_graph_does_not_swap_labels_for_ever():
+def test_labels_are_not_swapped_for_ever():
+    pairs = np.arange(400).reshape(200, 2)
+    assert label_propagation(from_arrays(pairs[:, 0], pairs[:, 1])).sizes.tolist() == [2] * 200
     sides = np.array([(a, 8 + b) for a in range(8) for b in range(8)])
     found = label_propagation(from_arrays(sides[:, 0], sides[:, 1]))
     assert found.sizes.tolist() == [16]

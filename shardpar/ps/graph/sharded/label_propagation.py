@@ -14,7 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from shardpar.ps.graph.graph import Graph, simple
-from shardpar.ps.graph.label_propagation import LabelOptions, communities_of, start
+from shardpar.ps.graph.label_propagation import (
+    LabelOptions,
+    communities_of,
+    first_labels,
+    second_half,
+)
 from shardpar.ps.graph.louvain import Communities
 from shardpar.ps.graph.sharded.edges import AXIS, rows_of, split_over
 
@@ -36,14 +41,14 @@ def label_propagation(
     once = simple(graph)
     split = split_over(devices)
     rows = rows_of(once, split.devices, directed=False)
-    begin = start(once.num_nodes, options.seed)
+    begun = first_labels(once.num_nodes, options.seed)
     if once.num_edges == 0:
-        return communities_of(once, begin.labels)
+        return communities_of(once, begun)
     nodes = once.num_nodes
 
-    def body(mine: Any, whole: Any) -> Any:
+    def body(mine: Any, begun: Any) -> Any:
         sources, targets, weights = mine
-        begun, halves = whole
+        every = jnp.arange(nodes, dtype=jnp.uint32)
         weights = jnp.ones(sources.shape, jnp.float64) if weights is None else weights
 
         def best(labels: Any) -> Any:
@@ -61,24 +66,21 @@ def label_propagation(
             mine = jnp.where(first < nodes, first, -1)
             return jnp.where(keeps[:nodes] > 0, labels, mine)
 
-        def move(labels: Any, half: Any) -> Any:
+        def move(labels: Any, moving: Any) -> Any:
             found = jax.lax.pmax(best(labels), AXIS)
-            return jnp.where((found >= 0) & (halves == half), found, labels)
+            return jnp.where((found >= 0) & moving, found, labels)
 
         def again(state: Any) -> Any:
-            labels, _, moves = state
-            new = move(move(labels, False), True)
-            return new, (new != labels).any(), moves + 1
+            labels, _, iteration = state
+            second = second_half(every, iteration, options.seed)
+            new = move(move(labels, ~second), second)
+            return new, (new != labels).any(), iteration + jnp.uint32(1)
 
         def goes_on(state: Any) -> Any:
             return state[1] & (state[2] < options.max_iterations)
 
-        return jax.lax.while_loop(goes_on, again, (begun, jnp.bool_(True), jnp.int32(0)))[0]
+        return jax.lax.while_loop(goes_on, again, (begun, jnp.bool_(True), jnp.uint32(0)))[0]
 
     with jax.enable_x64(True):
-        labels = np.asarray(
-            split.run(
-                body, (rows.sources, rows.targets, rows.weights), (begin.labels, begin.halves)
-            )
-        )
+        labels = np.asarray(split.run(body, (rows.sources, rows.targets, rows.weights), begun))
     return communities_of(once, labels)
