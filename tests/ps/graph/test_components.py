@@ -50,6 +50,16 @@ def test_long_paths_and_many_small_components():
     assert spread.labels.tolist() == wanted.labels.tolist()
 
 
+def test_nodes_that_hang_on_the_giant_component_by_one_edge_either_way_belong_to_it():
+    core = np.random.default_rng(0).integers(0, 50, (2, 5000))
+    leaf = np.arange(50, 250)
+    graph = from_arrays(
+        np.concatenate([core[0], leaf[:100] % 50, leaf[100:]]),
+        np.concatenate([core[1], leaf[:100], leaf[100:] % 50]),
+    )
+    assert components(graph).sizes.tolist() == [250]
+
+
 def test_weights_below_one_join_too():
     graph = from_arrays([0, 1], [1, 0], [0.25, 0.5])
     assert components(graph, strong=True).sizes.tolist() == [2]

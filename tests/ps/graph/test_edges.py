@@ -92,6 +92,11 @@ def test_a_bad_line_is_named_counted_and_left_out(line, reason, tmp_path):
     assert [(b.line, b.reason) for b in found.bad] == [(2004, reason)]
 
 
+def test_hexadecimal_numbers_are_no_integers_where_other_columns_are_left_out(tmp_path):
+    with pytest.raises(DataError, match="edges:2: a node is not an integer"):
+        read(tmp_path, "1 2 z\n0x1F 2 z\n3 4 z\n")
+
+
 @pytest.mark.parametrize(
     ("weight", "reason"),
     [
