@@ -22,6 +22,7 @@ _RANGES = {"jax": ("0.10.2", "0.11.1"), "flax": ("0.12.4", "0.13")}
 _EXTRAS = {
     "tokenizers": ("tokenizers", "BPE tokenizers (data.tokenizer='bpe')"),
     "parquet": ("pyarrow", "Parquet data (data.source='parquet')"),
+    "graph": ("networkit", "faster graph algorithms, and Louvain (shardpar graph)"),
 }
 
 

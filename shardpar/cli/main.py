@@ -16,6 +16,7 @@ from shardpar.cli.doctor import doctor
 from shardpar.cli.ending import ending
 from shardpar.cli.explain import explain
 from shardpar.cli.generate import generate
+from shardpar.cli.graph import graph
 from shardpar.cli.launch import launch
 from shardpar.cli.plan import plan
 from shardpar.cli.profile import profile
@@ -36,6 +37,7 @@ for verb in (train, plan, explain, replan, reshard, generate, doctor):
     app.command()(verb)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 app.add_typer(profile, name="profile")
+app.add_typer(graph, name="graph")
 
 
 @app.callback()

@@ -153,23 +153,33 @@ class Progress:
             self._plain("step " + _SEPARATOR.join(describe(figures)).lstrip())
 
     @contextmanager
-    def phase(self, what: str) -> Iterator[None]:
+    def phase(self, what: str) -> Iterator[Callable[[str], None]]:
         """Shows that something takes its time, and for how long so far.
 
         Args:
           what: such as `compiling`; how long it took is printed at its end.
 
         Yields:
-          Nothing; the phase lasts as long as the block.
+          A function to say how far it is, such as `45%`; the phase lasts as long as the block.
         """
         began_s = self._clock_s()
+        said_s = began_s
+
+        def so_far(text: str) -> None:
+            nonlocal said_s
+            self._view.phase = _Phase(f"{what}: {text}", began_s)
+            now_s = self._clock_s()
+            if self._live is None and now_s - said_s >= self._every_s:
+                said_s = now_s
+                self._plain(f"{what}: {text}")
+
         outer, self._view.phase = self._view.phase, _Phase(what, began_s)
         if self._live is None:
             self._plain(f"{what}…")
         else:
             self._live.refresh()
         try:
-            yield
+            yield so_far
         except BaseException:
             self._view.phase = outer
             raise

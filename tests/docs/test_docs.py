@@ -29,6 +29,8 @@ SLOW = {
     "docs/howto/resume.md",
     "docs/howto/clusters.md",
     "docs/howto/mixed-lengths.md",
+    "docs/howto/embeddings.md",
+    "docs/howto/graphs.md",
     "docs/howto/profile.md",
     "docs/concepts/planning.md",
 }

@@ -52,6 +52,16 @@ def test_a_phase_says_what_takes_time_and_how_long_it_took() -> None:
     assert stream.getvalue() == "compiling…\ncompiling: 4.2 s\n"
 
 
+def test_a_long_phase_says_how_far_it_is_now_and_then() -> None:
+    stream, clock = io.StringIO(), Clock()
+    progress = Progress(stream=stream, clock_s=clock, every_s=10)
+    with progress, progress.phase("reading") as so_far:
+        for share in ("10%", "20%", "30%"):
+            clock.now_s += 6
+            so_far(share)
+    assert stream.getvalue() == "reading…\nreading: 20%\nreading: 18.0 s\n"
+
+
 def test_a_phase_that_fails_says_nothing_more() -> None:
     stream = io.StringIO()
     with (

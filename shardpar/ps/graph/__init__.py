@@ -1,0 +1,1 @@
+"""Graph algorithms over edge lists, on one host or over many devices."""

@@ -1,0 +1,1 @@
+"""Graph algorithms in JAX: edges are split over devices, what is known of nodes is on each."""
