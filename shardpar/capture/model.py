@@ -71,11 +71,12 @@ class AbstractModel:
             return self.split(self.init(nnx.Rngs(jax.random.key(seed))))
 
 
-def abstract_model(init: Init) -> AbstractModel:
+def abstract_model(init: Init, *, needs_parameters: bool = True) -> AbstractModel:
     """Finds a model's parameters without allocating any.
 
     Args:
       init: makes the model from `nnx.Rngs`; called under `jax.eval_shape`.
+      needs_parameters: refuse a model without any; one may have tables instead.
 
     Raises:
       CaptureError: if `init` does not return an `nnx.Module`, or a parameter's
@@ -105,7 +106,7 @@ def abstract_model(init: Init) -> AbstractModel:
     graphdef, params, rest = nnx.split(model, nnx.Param, ...)
     flat_params, params_tree = _flatten(params)
     flat_rest, rest_tree = _flatten(rest)
-    if not flat_params:
+    if needs_parameters and not flat_params:
         raise CaptureError(f"{type(model).__name__} has no parameters; there is nothing to train")
     dims = {}
     for path, variable in nnx.to_flat_state(params):

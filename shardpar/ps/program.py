@@ -117,7 +117,7 @@ class SparseProgram:
         self._rate = rate or optax.constant_schedule(1.0)
         self.options = options
         self.devices = tuple(jax.devices() if devices is None else devices)
-        self.model: AbstractModel = abstract_model(init)
+        self.model: AbstractModel = abstract_model(init, needs_parameters=False)
         named = tables_of(self.model.merge(self.model.params, self.model.rest))
         if not named:
             raise PlanError("the model has no `ps.Embed` layer; train it with `shardpar.compile`")
