@@ -77,10 +77,13 @@ def _paired(starts: np.ndarray, rows: np.ndarray, scaled: np.ndarray) -> AliasTa
     have too much on another of the same length. A large entry fills the small ones whose lack
     begins in its stretch; where that is too much, the next large one fills the rest of it.
     """
-    small = scaled < 1
+    # By rounding, equal weights may all be a little below 1, with none above to give.
+    giver = np.zeros(len(starts) - 1, bool)
+    giver[rows[scaled >= 1]] = True
+    small = (scaled < 1) & giver[rows]
     keep = np.where(small, scaled, 1.0)
     other = np.arange(len(scaled))
-    lacking, giving = np.flatnonzero(small), np.flatnonzero(~small)
+    lacking, giving = np.flatnonzero(small), np.flatnonzero(scaled >= 1)
     if not lacking.size or not giving.size:
         return AliasTables(starts, np.ones_like(keep), other)
     # Lines of different rows follow each other: both of a row are shorter than the row.

@@ -100,9 +100,7 @@ def split_edges(
     )
 
 
-def _absent(
-    nodes: int, edges: np.ndarray, count: int, random: np.random.Generator
-) -> np.ndarray:
+def _absent(nodes: int, edges: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
     """Distinct pairs that are not among the sorted edges, int64[count, 2]."""
     found = np.zeros(0, np.int64)
     for _ in range(_MOST_DRAWS):

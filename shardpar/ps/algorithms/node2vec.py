@@ -7,7 +7,7 @@ it is DeepWalk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from shardpar.ps.algorithms import word2vec
 from shardpar.ps.algorithms.embeddings import NodeEmbeddings, Progress, quiet
 from shardpar.ps.algorithms.walks import WalkOptions, Walks, adjacency
 from shardpar.ps.algorithms.word2vec import Word2VecOptions
-from shardpar.ps.program import SparseOptions
+from shardpar.ps.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Node2VecOptions:
       q: the higher, the more it stays near where it came from.
       directed: edges are walked from source to target only.
       model: of the vectors.
+
+    >>> Node2VecOptions(length=5, p=4.0).walks
+    WalkOptions(length=5, per_node=10, p=4.0, q=1.0, directed=False)
     """
 
     length: int = 40
@@ -37,7 +40,7 @@ class Node2VecOptions:
     p: float = 1.0
     q: float = 1.0
     directed: bool = False
-    model: Word2VecOptions = Word2VecOptions()
+    model: Word2VecOptions = field(default_factory=Word2VecOptions)
 
     @property
     def walks(self) -> WalkOptions:
@@ -54,7 +57,7 @@ def fit(
     *,
     seed: int = 0,
     devices: Sequence[jax.Device] | None = None,
-    sparse: SparseOptions = SparseOptions(),
+    placement: Placement | None = None,
     progress: Progress = quiet,
 ) -> NodeEmbeddings:
     """Learns a vector for each node.
@@ -62,23 +65,25 @@ def fit(
     Args:
       options: of the algorithm.
       nodes: how many there are.
-      sources, targets: int[edges], 0 to nodes - 1.
+      sources: int[edges], 0 to nodes - 1: where edges begin.
+      targets: int[edges]: where they end.
       weights: float[edges], positive; None for 1 each.
       seed: of everything random.
       devices: None takes all.
-      sparse: where the tables lie.
+      placement: of the tables; None deals their rows over all devices.
       progress: called now and then with tokens done, of how many, and the loss of late.
 
     Raises:
       DataError: an edge names no node, or a weight is not positive.
-
-    >>> import jax
-    >>> options = Node2VecOptions(length=5, walks_per_node=1, model=Word2VecOptions(dim=4))
-    >>> fit(options, 3, [0, 1], [1, 2], devices=jax.devices()[:1]).vectors.shape
-    (3, 4)
     """
     graph = adjacency(nodes, sources, targets, weights, directed=options.directed)
     walks = Walks(graph, options.walks, seed)
     return word2vec.fit(
-        options.model, nodes, walks, seed=seed, devices=devices, sparse=sparse, progress=progress
+        options.model,
+        nodes,
+        walks,
+        seed=seed,
+        devices=devices,
+        placement=placement,
+        progress=progress,
     )

@@ -79,7 +79,8 @@ def adjacency(
 
     Args:
       nodes: how many there are.
-      sources, targets: int[edges], 0 to nodes - 1.
+      sources: int[edges], 0 to nodes - 1: where edges begin.
+      targets: int[edges]: where they end.
       weights: float[edges], positive; None for 1 each. Those of parallel edges are added.
       directed: edges are walked from source to target only.
 
@@ -179,8 +180,8 @@ class Walks:
     Each item is int32[walks, length], -1 after a walk's end. Nodes without a way out begin none.
 
     >>> path = adjacency(2, [0], [1])
-    >>> [walks.tolist() for walks in Walks(path, WalkOptions(length=3, per_node=1))]
-    [[[1, 0, 1], [0, 1, 0]]]
+    >>> [sorted(walks.tolist()) for walks in Walks(path, WalkOptions(length=3, per_node=1))]
+    [[[0, 1, 0], [1, 0, 1]]]
     """
 
     graph: Adjacency

@@ -8,26 +8,30 @@ distributed memory", 2016). The sum of their weights is that of separate draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 
 from shardpar.errors import ConfigError, DataError
 from shardpar.ps.algorithms.embeddings import NodeEmbeddings, Progress, quiet
+from shardpar.ps.algorithms.lookup_program import (
+    Batch,
+    Formula,
+    Lookup,
+    LookupProgram,
+    Rows,
+    trained,
+)
 from shardpar.ps.algorithms.skipgram_blocks import BlockShape, batches, sentences_of
-from shardpar.ps.embed import Embed
 from shardpar.ps.initializers import Uniform, Zeros
-from shardpar.ps.optimizers import SGD, RowOptimizer
-from shardpar.ps.program import SparseOptions, SparseProgram, SparseState
-
-_STEPS_BETWEEN_REPORTS = 100
+from shardpar.ps.optimizers import RowOptimizer, RowWiseAdaGrad
+from shardpar.ps.placement import Placement
+from shardpar.ps.table import Table
 
 
 @dataclass(frozen=True)
@@ -43,78 +47,82 @@ class Word2VecOptions:
       last_rate: the learning rate falls in a line to this share of itself.
       subsample: words more frequent than this share are left out at random; 0 keeps all.
       power: negatives are drawn by frequency to this power.
-      batch_tokens: centres of a step; None takes about the vocabulary, 256 to 8192, since a
+      batch_tokens: centres of a step; None takes about the vocabulary, 256 to 4096, since a
         word's gradients of one step are all taken where the step began.
       block: centres that share negatives.
+      shared: negatives that a block shares; None takes as many as a pair has, and more up to
+        where the block's columns are a multiple of 16, which processors multiply best.
     """
 
     dim: int = 128
     window: int = 5
     negatives: int = 5
     passes: int = 1
-    optimizer: RowOptimizer = field(default_factory=lambda: SGD(0.025))
+    optimizer: RowOptimizer = field(default_factory=lambda: RowWiseAdaGrad(0.05))
     last_rate: float = 0.004
     subsample: float = 0.0
     power: float = 0.75
     batch_tokens: int | None = None
-    block: int = 64
-    shared: int = 22
+    block: int = 32
+    shared: int | None = None
 
     def __post_init__(self) -> None:
-        least = min(self.dim, self.window, self.negatives, self.passes, self.block, self.shared)
-        if least < 1:
-            raise ConfigError(
-                "dim, window, negatives, passes, block and shared of Word2Vec are at least 1: "
-                f"{self}"
-            )
+        for name in ("dim", "window", "negatives", "passes", "block", "shared", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} of Word2Vec is at least 1, not {value}")
         if self.subsample < 0 or not 0 <= self.last_rate <= 1:
-            raise ConfigError("subsample is not negative, and last_rate is 0 to 1: " + str(self))
+            raise ConfigError(
+                "subsample of Word2Vec is not negative and last_rate is 0 to 1, not "
+                f"{self.subsample} and {self.last_rate}"
+            )
 
     def shape(self, vocabulary: int, devices: int) -> BlockShape:
         """How a step is cut into blocks."""
-        tokens = self.batch_tokens or min(max(vocabulary, 256), 8192)
+        tokens = self.batch_tokens or min(max(vocabulary, 256), 4096)
         blocks = max(1, round(tokens / (self.block * devices))) * devices
-        return BlockShape(blocks, self.block, self.window, self.shared)
+        contexts = self.block + 2 * self.window
+        shared = self.shared or -(-(contexts + self.negatives) // 16) * 16 - contexts
+        return BlockShape(blocks, self.block, self.window, shared)
 
 
-class SkipGram(nnx.Module):
-    """Two tables: of words as centres, and of words as contexts."""
-
-    def __init__(self, vocabulary: int, dim: int, optimizer: RowOptimizer, rngs: nnx.Rngs) -> None:
-        start = Uniform(0.5 / dim)
-        self.centres = Embed(vocabulary, dim, rngs=rngs, optimizer=optimizer, init=start)
-        self.others = Embed(vocabulary, dim, rngs=rngs, optimizer=optimizer, init=Zeros())
-
-
-def loss(
-    model: SkipGram,
-    batch: dict[str, jax.Array],
-    *,
-    window: int,
-    negatives: int,
-    share: float,
-) -> tuple[jax.Array, jax.Array]:
-    """The sum of -log sigmoid(+-score) over pairs and negatives, and `share` as its weight.
+def skip_gram(window: int, negatives: int) -> Formula:
+    """The gradients of -log sigmoid(score) of pairs and -log sigmoid(-score) of negatives.
 
     Args:
-      model: the tables.
-      batch: from `skipgram_blocks.batches`.
       window: as the batch was made with.
-      negatives: how many draws the negatives of a pair stand for.
-      share: of the batch that a device has: weights of all devices are then 1 together, and
-        the gradient is the sum over the batch.
+      negatives: how many draws the shared negatives of a pair stand for.
+
+    Returns:
+      A formula of the rows of "centres" [b, t, d] and of "others" [b, m, d]. Its loss is that
+      of an eighth of the blocks: a good estimate, of which only the mean is reported.
     """
-    centre, other = model.centres(batch["centres"]), model.others(batch["others"])
-    scores = jnp.einsum("btd,bmd->btm", centre, other)
-    left, right = batch["left"][..., None], batch["right"][..., None]
-    size = batch["centres"].shape[1]
-    contexts = size + 2 * window
-    offset = jnp.arange(contexts)[None, :] - window - jnp.arange(size)[:, None]
-    pair = (offset >= -left) & (offset <= right) & (offset != 0)
-    drawn = (left + right) * (negatives / (scores.shape[2] - contexts))
-    total = jnp.where(pair, jax.nn.softplus(-scores[..., :contexts]), 0).sum()
-    total += (drawn * jax.nn.softplus(scores[..., contexts:])).sum()
-    return total, jnp.float32(share)
+
+    def formula(rows: Rows, batch: Batch) -> tuple[Rows, jax.Array, jax.Array]:
+        centre, other = rows
+        scores = jnp.einsum("btd,bmd->btm", centre, other)
+        size, columns = scores.shape[1:]
+        contexts = size + 2 * window
+        column = jnp.arange(columns)[None, :]
+        offset = column - window - jnp.arange(size)[:, None]
+        left, right = batch["left"][..., None], batch["right"][..., None]
+        pair = (offset >= -left) & (offset <= right) & (offset != 0) & (column < contexts)
+        drawn = ((left + right) * (negatives / (columns - contexts))).astype(scores.dtype)
+        drawn = jnp.where(column < contexts, 0, drawn)
+        # One pass over all columns is faster than two and their concatenation.
+        chance = jax.nn.sigmoid(scores)
+        slope = jnp.where(pair, chance - 1, chance * drawn)
+        gradients = (
+            jnp.einsum("btm,bmd->btd", slope, other),
+            jnp.einsum("btm,btd->bmd", slope, centre),
+        )
+        some = slice(0, max(1, scores.shape[0] // 8))
+        signed = jnp.where(pair[some], -scores[some], scores[some])
+        weight = jnp.where(pair[some], 1, drawn[some])
+        pairs = (left[some] + right[some]).sum().astype(scores.dtype)
+        return gradients, (weight * jax.nn.softplus(signed)).sum(), pairs
+
+    return formula
 
 
 def fit(
@@ -125,7 +133,7 @@ def fit(
     counts: np.ndarray | None = None,
     seed: int = 0,
     devices: Sequence[jax.Device] | None = None,
-    sparse: SparseOptions = SparseOptions(),
+    placement: Placement | None = None,
     progress: Progress = quiet,
 ) -> NodeEmbeddings:
     """Learns a vector for each token.
@@ -138,7 +146,7 @@ def fit(
       counts: int[vocabulary], how often each token occurs; None counts.
       seed: of everything random.
       devices: None takes all.
-      sparse: where the tables lie.
+      placement: of the tables; None deals their rows over all devices.
       progress: called now and then.
 
     Raises:
@@ -166,52 +174,28 @@ def fit(
     devices = tuple(jax.devices() if devices is None else devices)
     shape = options.shape(vocabulary, len(devices))
     steps = max(1, tokens * options.passes // (shape.blocks * shape.centres))
-    program = SparseProgram(
-        partial(
-            loss, window=options.window, negatives=options.negatives, share=1 / len(devices)
-        ),
-        lambda rngs: SkipGram(vocabulary, options.dim, options.optimizer, rngs),
-        optax.identity(),
-        batch=_shapes(shape),
+    tables = tuple(
+        Table(vocabulary, options.dim, options.optimizer, begin)
+        for begin in (Uniform(0.5 / options.dim), Zeros())
+    )
+    program = LookupProgram(
+        tables,
+        (Lookup(0, "centres"), Lookup(1, "others")),
+        skip_gram(options.window, options.negatives),
         devices=devices,
-        options=sparse,
+        placement=placement,
         rate=optax.linear_schedule(1.0, options.last_rate, steps),
     )
-    state = program.init(seed)
     random = np.random.default_rng((seed, 1))
-    losses, done = [], 0
-    for _ in range(options.passes):
-        stream = batches(sentences_of(sentences, vocabulary), shape, noise, kept, random)
-        state, mean, done = _pass(program, state, stream, done, tokens * options.passes, progress)
-        losses.append(mean)
-    placed, table = program.tables["centres"], state.tables["centres"]
-    return NodeEmbeddings(placed.whole(table)[0], tuple(losses))
 
+    def passes() -> Iterator[Iterator[dict[str, np.ndarray]]]:
+        for _ in range(options.passes):
+            yield batches(sentences_of(sentences, vocabulary), shape, noise, kept, random)
 
-def _pass(
-    program: SparseProgram,
-    state: SparseState,
-    stream: Iterable[dict[str, np.ndarray]],
-    done: int,
-    tokens: int,
-    progress: Progress,
-) -> tuple[SparseState, float, int]:
-    """One pass; the mean loss of its pairs, and the tokens that are done then."""
-    total, pairs, lately, lately_pairs = 0.0, 0, [], 0
-    for step, batch in enumerate(stream):
-        state, metrics = program.step(state, batch)
-        lately.append(metrics["loss"])
-        lately_pairs += int(batch["left"].sum() + batch["right"].sum())
-        done += int((batch["centres"] >= 0).sum())
-        if step % _STEPS_BETWEEN_REPORTS == _STEPS_BETWEEN_REPORTS - 1:
-            recent = float(np.sum(jax.device_get(lately)))
-            progress(done, tokens, recent / max(lately_pairs, 1))
-            total, pairs, lately, lately_pairs = total + recent, pairs + lately_pairs, [], 0
-    total, pairs = total + float(np.sum(jax.device_get(lately))), pairs + lately_pairs
-    if not pairs:
+    states, losses = trained(program, seed, passes(), steps, progress)
+    if not any(np.isfinite(losses)):
         raise DataError("no token has another beside it; give sentences of at least two tokens")
-    progress(done, tokens, total / pairs)
-    return state, total / pairs, done
+    return NodeEmbeddings(program.tables[0].whole(states[0])[0], losses)
 
 
 def _counted(sentences: Iterable[Any], vocabulary: int) -> np.ndarray:
@@ -219,15 +203,3 @@ def _counted(sentences: Iterable[Any], vocabulary: int) -> np.ndarray:
     for flat, _ in sentences_of(sentences, vocabulary):
         counts += np.bincount(flat, minlength=vocabulary)
     return counts
-
-
-def _shapes(shape: BlockShape) -> dict[str, jax.ShapeDtypeStruct]:
-    sizes = {
-        "centres": shape.centres,
-        "others": shape.contexts + shape.shared,
-        "left": shape.centres,
-        "right": shape.centres,
-    }
-    return {
-        name: jax.ShapeDtypeStruct((shape.blocks, size), jnp.int32) for name, size in sizes.items()
-    }
