@@ -6,6 +6,7 @@ writing the gradient down saves what differentiation keeps and the losses nobody
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,6 +65,7 @@ class LookupProgram:
         devices: Sequence[jax.Device] | None = None,
         placement: Placement | None = None,
         rate: optax.Schedule | None = None,
+        rows_at_once: int | None = None,
     ) -> None:
         """Places the tables; nothing is compiled yet.
 
@@ -74,6 +76,8 @@ class LookupProgram:
           devices: None takes all.
           placement: of all tables; None deals rows over all devices.
           rate: scales the learning rates of a step, counted from 0.
+          rows_at_once: of the batch, that go through the formula together, so that what is
+            between stays in the processor's cache; a step's outcome is the same. None takes all.
 
         Raises:
           PlanError: the placement is not for so many devices.
@@ -85,6 +89,7 @@ class LookupProgram:
             grid = (len(self.devices), 1)
         self.mesh = device_grid(self.devices, *grid)
         self.tables = tuple(PlacedTable(table, placement, self.mesh) for table in tables)
+        self._rows_at_once = rows_at_once
         self._lookups, self._formula = tuple(lookups), formula
         self._rate = rate or optax.constant_schedule(1.0)
         calls = tuple(Call(lookup.table, lookup.source, ()) for lookup in self._lookups)
@@ -147,22 +152,45 @@ class LookupProgram:
             rounds = exchange.rounds(asked)
             routes.append((exchange, asked, rounds))
             pulled.append(exchange.pull(state.rows, asked, rounds))
-        places = [jnp.maximum(at, 0) for at in wanted.positions]
-        rows = tuple(
-            pulled[lookup.table].at[at].get(mode="promise_in_bounds")
-            for lookup, at in zip(self._lookups, places, strict=True)
-        )
-        gradients, total, weight = self._formula(rows, batch)
-        new = []
-        for number, (placed, state) in enumerate(zip(self.tables, states, strict=True)):
-            gradient = jnp.zeros_like(pulled[number])
-            for lookup, at, part in zip(self._lookups, places, gradients, strict=True):
-                if lookup.table == number:
-                    flat = part.reshape(-1, part.shape[-1])
-                    gradient = gradient.at[at.reshape(-1)].add(flat, mode="promise_in_bounds")
-            new.append(self._pushed(placed, state, routes[number], gradient))
+        gradients, total, weight = self._worked(pulled, batch, wanted)
+        new = [
+            self._pushed(placed, state, route, gradient)
+            for placed, state, route, gradient in zip(
+                self.tables, states, routes, gradients, strict=True
+            )
+        ]
         total, weight = lax.psum((total, weight), _EVERYWHERE)
         return tuple(new), {"loss": total, "weight": weight}
+
+    def _worked(
+        self, pulled: list[jax.Array], batch: Batch, wanted: Wanted
+    ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
+        """The gradients of the pulled rows, and the formula's two sums."""
+        places = [jnp.maximum(at, 0) for at in wanted.positions]
+
+        def some(carry: Any, part: tuple[list[jax.Array], Batch]) -> tuple[Any, None]:
+            sums, total, weight = carry
+            places, batch = part
+            rows = tuple(
+                pulled[lookup.table].at[at].get(mode="promise_in_bounds")
+                for lookup, at in zip(self._lookups, places, strict=True)
+            )
+            gradients, more, counted = self._formula(rows, batch)
+            sums = list(sums)
+            for lookup, at, gradient in zip(self._lookups, places, gradients, strict=True):
+                flat = gradient.reshape(-1, gradient.shape[-1])
+                sums[lookup.table] = (
+                    sums[lookup.table].at[at.reshape(-1)].add(flat, mode="promise_in_bounds")
+                )
+            return (sums, total + more, weight + counted), None
+
+        zeros = ([jnp.zeros_like(rows) for rows in pulled], jnp.float32(0), jnp.float32(0))
+        length = places[0].shape[0]
+        if self._rows_at_once is None or length <= self._rows_at_once:
+            return some(zeros, (places, batch))[0]
+        turns = length // math.gcd(length, self._rows_at_once)
+        parts = jax.tree.map(lambda x: x.reshape(turns, -1, *x.shape[1:]), (places, batch))
+        return lax.scan(some, zeros, parts)[0]
 
     def _pushed(
         self,

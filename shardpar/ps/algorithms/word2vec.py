@@ -33,6 +33,9 @@ from shardpar.ps.optimizers import RowOptimizer, RowWiseAdaGrad
 from shardpar.ps.placement import Placement
 from shardpar.ps.table import Table
 
+_CENTRES_AT_ONCE = 512
+"""With their contexts, about what a processor's second cache holds."""
+
 
 @dataclass(frozen=True)
 class Word2VecOptions:
@@ -185,6 +188,7 @@ def fit(
         devices=devices,
         placement=placement,
         rate=optax.linear_schedule(1.0, options.last_rate, steps),
+        rows_at_once=max(1, _CENTRES_AT_ONCE // options.block),
     )
     random = np.random.default_rng((seed, 1))
 
