@@ -1,0 +1,85 @@
+"""DeepWalk: uniform or weighted walks over a graph are the sentences of a skip-gram model.
+
+Perozzi, Al-Rfou and Skiena, "DeepWalk: online learning of social representations", 2014; with
+negative sampling in the place of its hierarchical softmax, as all its successors have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from shardpar.ps.algorithms import word2vec
+from shardpar.ps.algorithms.embeddings import NodeEmbeddings, Progress, quiet
+from shardpar.ps.algorithms.walks import WalkOptions, Walks, adjacency
+from shardpar.ps.algorithms.word2vec import Word2VecOptions
+from shardpar.ps.placement import Placement
+
+
+@dataclass(frozen=True)
+class DeepWalkOptions:
+    """Attributes of the walks and of the model.
+
+    Attributes:
+      length: nodes of a walk.
+      walks_per_node: in each pass.
+      directed: edges are walked from source to target only.
+      model: of the vectors.
+
+    >>> DeepWalkOptions(length=5).walks.per_node
+    10
+    """
+
+    length: int = 40
+    walks_per_node: int = 10
+    directed: bool = False
+    model: Word2VecOptions = field(default_factory=Word2VecOptions)
+
+    @property
+    def walks(self) -> WalkOptions:
+        """Of first order."""
+        return WalkOptions(self.length, self.walks_per_node, directed=self.directed)
+
+
+def fit(
+    options: DeepWalkOptions,
+    nodes: int,
+    sources: Any,
+    targets: Any,
+    weights: Any = None,
+    *,
+    seed: int = 0,
+    devices: Sequence[jax.Device] | None = None,
+    placement: Placement | None = None,
+    progress: Progress = quiet,
+) -> NodeEmbeddings:
+    """Learns a vector for each node.
+
+    Args:
+      options: of the algorithm.
+      nodes: how many there are.
+      sources: int[edges], 0 to nodes - 1: where edges begin.
+      targets: int[edges]: where they end.
+      weights: float[edges], positive; None for 1 each.
+      seed: of everything random.
+      devices: None takes all.
+      placement: of the tables; None deals their rows over all devices.
+      progress: called now and then with tokens done, of how many, and the loss of late.
+
+    Raises:
+      DataError: an edge names no node, or a weight is not positive.
+    """
+    graph = adjacency(nodes, sources, targets, weights, directed=options.directed)
+    walks = Walks(graph, options.walks, seed)
+    return word2vec.fit(
+        options.model,
+        nodes,
+        walks,
+        seed=seed,
+        devices=devices,
+        placement=placement,
+        progress=progress,
+    )
