@@ -117,6 +117,19 @@ class Pulled:
     seen: int
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a worker goes on when it starts anew.
+
+    Attributes:
+      pushes: of it that a shard has had: the number of the next one.
+      steps: of it that a shard has had.
+    """
+
+    pushes: int = 0
+    steps: int = 0
+
+
 def encoded(value: Any) -> bytes:
     """Numbers, texts, lists, dicts and numpy arrays as bytes.
 

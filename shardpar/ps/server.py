@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from shardpar.errors import CheckpointError, ConfigError, RunError
 from shardpar.ps.log import Fsync, RecordLog, read_records, read_snapshot, write_snapshot
 from shardpar.ps.messages import (
+    Position,
     Pulled,
     PullRequest,
     Push,
@@ -90,8 +91,8 @@ class Server:
             self._lock = locked(durability.directory)
             self._open(durability.directory)
 
-    def position(self, worker: int) -> int:
-        """How many pushes of a worker are in, for good: where it goes on when it starts anew."""
+    def position(self, worker: int) -> Position:
+        """What of a worker is in, for good; `spec.workers` stands for who calls functions."""
         return self.shard.position(worker)
 
     def pull(self, request: PullRequest) -> Pulled:

@@ -8,7 +8,7 @@ What makes a shard outlive its process is in `ps.server`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,6 +20,7 @@ from shardpar.errors import DataError, PlanError, RunError
 from shardpar.ps.consistency import BSP, Consistency, delay_scale
 from shardpar.ps.messages import (
     FreshRows,
+    Position,
     Pulled,
     PullRequest,
     Push,
@@ -152,11 +153,12 @@ class Shard:
         }
         self.dense = DenseParameters(spec.dense) if spec.dense is not None else None
         self.taken = self.duplicates = self.skipped = 0
-        self._positions = [0] * spec.workers
+        # The last one is who calls functions: it pushes nothing.
+        self._positions = [Position()] * (spec.workers + 1)
         self._waiting: dict[int, Push] = {}
 
-    def position(self, worker: int) -> int:
-        """How many pushes of a worker are in, for good: where it goes on when it starts anew."""
+    def position(self, worker: int) -> Position:
+        """What a worker has pushed so far; `spec.workers` stands for who calls functions."""
         self._require_worker(worker)
         return self._positions[worker]
 
@@ -206,7 +208,7 @@ class Shard:
                 f"the function made {new.shape} of rows {rows.shape}; it returns one row for each"
             )
         stored.replace(ids, new)
-        self._positions[worker] = sequence + 1
+        self._positions[worker] = replace(self._positions[worker], pushes=sequence + 1)
 
     def _table(self, name: str) -> StoredRows:
         if name not in self.tables:
@@ -214,7 +216,7 @@ class Shard:
         return self.tables[name]
 
     def _require_worker(self, worker: int) -> None:
-        if not 0 <= worker < self.spec.workers:
+        if not 0 <= worker <= self.spec.workers:
             raise RunError(
                 f"worker {worker} pushes, but the servers were made for workers 0 to "
                 f"{self.spec.workers - 1}"
@@ -227,7 +229,7 @@ class Shard:
           RunError: a push before it is missing.
         """
         self._require_worker(worker)
-        due = self._positions[worker]
+        due = self._positions[worker].pushes
         if sequence > due:
             raise RunError(
                 f"worker {worker} pushes number {sequence}, but {due} has not come; a worker "
@@ -242,6 +244,8 @@ class Shard:
           DataError: ids or shapes do not fit.
           RunError: in lockstep, the worker has not waited for the others.
         """
+        if push.worker == self.spec.workers:
+            raise RunError(f"worker {push.worker} is who calls functions, and pushes nothing else")
         if push.worker in self._waiting:
             raise RunError(
                 f"worker {push.worker} pushes step {push.step} before all have pushed step "
@@ -282,7 +286,7 @@ class Shard:
 
     def take(self, push: Push) -> None:
         """Takes an update that `check` let pass and that was not seen before."""
-        self._positions[push.worker] = push.sequence + 1
+        self._positions[push.worker] = Position(push.sequence + 1, push.step + 1)
         if not self.spec.consistency.lockstep:
             delay = (self.taken - push.seen) // self.spec.workers
             self._apply([push], delay_scale(delay) if self.spec.delay_scaled else 1.0)
@@ -325,7 +329,7 @@ class Shard:
     def arrays(self) -> dict[str, Any]:
         """All that it is, for a snapshot; see `ps.messages.encoded`."""
         return {
-            "positions": list(self._positions),
+            "positions": [[p.pushes, p.steps] for p in self._positions],
             "taken": self.taken,
             "waiting": {str(worker): push_bytes(push) for worker, push in self._waiting.items()},
             "dense": self.dense.arrays() if self.dense else {},
@@ -333,7 +337,7 @@ class Shard:
 
     def restore(self, arrays: Mapping[str, Any]) -> None:
         """The inverse of `arrays`, but for the tables, which have their own."""
-        self._positions = list(arrays["positions"])
+        self._positions = [Position(*numbers) for numbers in arrays["positions"]]
         self.taken = arrays["taken"]
         self._waiting = {int(w): push_from_bytes(data) for w, data in arrays["waiting"].items()}
         if self.dense is not None:

@@ -43,7 +43,7 @@ def counted(server: Server, ids: np.ndarray = IDS) -> list[float]:
 
 def main(directory: Path) -> None:
     server = Server(counter_spec(), Durability(directory, snapshot_every=7))
-    sequence = server.position(0)
+    sequence = server.position(0).pushes
     while True:
         server.push(one_more(sequence))
         sequence += 1
