@@ -301,11 +301,15 @@ class Shard:
             self.taken += self.spec.workers
 
     def _apply(self, pushes: list[Push], factor: float) -> None:
-        loss = sum(push.loss for push in pushes)
-        weight = sum(push.weight for push in pushes)
-        if not np.isfinite(loss):
+        for name, stored in self.tables.items():
+            for update in (push.rows[name] for push in pushes if name in push.rows):
+                # Workers have these in their copies already, so they count whatever the loss.
+                if update.kind == "difference" and update.ids.size:
+                    stored.add(update.ids, update.values, update.counts)
+        if not np.isfinite(sum(push.loss for push in pushes)):
             self.skipped += 1
             return
+        weight = sum(push.weight for push in pushes)
         scale = 1 / weight if weight else 1.0
         rate = factor
         if self.spec.rate is not None:
@@ -316,10 +320,6 @@ class Shard:
             if gradients:
                 ids, gradient, counts = summed_rows(gradients)
                 stored.take_gradients(ids, gradient * np.float32(scale), counts, rate)
-            for update in updates:
-                if update.kind == "difference" and update.ids.size:
-                    moved = tuple(np.float32(factor) * value for value in update.values)
-                    stored.add(update.ids, moved, update.counts)
             stored.step += 1
         dense = [push.dense for push in pushes if push.dense]
         if dense and self.dense is not None:

@@ -28,11 +28,11 @@ class Rules:
 
     Attributes:
       table: whose.
-      key: the data of the table's jax.random key.
+      key: the data of the table's jax.random key; None where no row is born.
     """
 
     table: Table
-    key: np.ndarray
+    key: np.ndarray | None = None
 
     @property
     def widths(self) -> tuple[int, ...]:
