@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ import numpy as np
 
 from shardpar.errors import DataError
 from shardpar.ps.dedup import rounded_size
+from shardpar.ps.initializers import Initializer
+from shardpar.ps.optimizers import RowOptimizer
 from shardpar.ps.placement import Placement
 from shardpar.ps.table import Table
 
@@ -24,7 +26,7 @@ _FIRST_ROOM = 1024
 
 @dataclass(frozen=True, eq=False)
 class Rules:
-    """A table's programs: how rows begin and how they take gradients; compiled for few sizes.
+    """How a table's rows begin and take gradients: programs, compiled for few sizes.
 
     Attributes:
       table: whose.
@@ -44,7 +46,7 @@ class Rules:
         """Rows and slots, [n, width], as they are before any update."""
         padded = np.zeros(rounded_size(ids.size), np.int32)
         padded[: ids.size] = ids
-        rows = np.asarray(self._begin(padded))[: ids.size]
+        rows = np.asarray(_begun(self.table.init, self.key, padded, self.table.dim))[: ids.size]
         slots = self.table.optimizer.slots(self.table.dim)
         return (rows, *(np.full((ids.size, width), value, np.float32) for width, value in slots))
 
@@ -55,23 +57,24 @@ class Rules:
         count = gradient.shape[0]
         size = rounded_size(count)
         given = [_padded(array, size) for array in (*pieces, gradient)]
-        new = self._rule(tuple(given[:-1]), given[-1], np.int32(step), np.float32(rate))
+        rule, counts = self.table.optimizer, (np.int32(step), np.float32(rate))
+        new = _updated(rule, tuple(given[:-1]), given[-1], *counts)
         return tuple(np.asarray(piece)[:count] for piece in new)
 
-    @cached_property
-    def _begin(self) -> Any:
-        key, table = jax.random.wrap_key_data(self.key), self.table
-        return jax.jit(lambda ids: table.init(key, ids, table.dim))
 
-    @cached_property
-    def _rule(self) -> Any:
-        optimizer = self.table.optimizer
+# Programs of all tables in a process, so that tables with one rule compile it once.
+@partial(jax.jit, static_argnums=(0, 3))
+def _begun(init: Initializer, key: jax.Array, ids: jax.Array, dim: int) -> jax.Array:
+    return init(jax.random.wrap_key_data(key), ids, dim)
 
-        def run(pieces: Any, gradient: Any, step: Any, rate: Any) -> Any:
-            rows, slots = optimizer.update(pieces[0], pieces[1:], gradient, step, rate)
-            return (rows, *slots)
 
-        return jax.jit(run)
+@partial(jax.jit, static_argnums=0)
+def _updated(
+    rule: RowOptimizer, pieces: tuple[jax.Array, ...], gradient: jax.Array,
+    step: jax.Array, rate: jax.Array,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    rows, slots = rule.update(pieces[0], pieces[1:], gradient, step, rate)
+    return (rows, *slots)
 
 
 def _padded(array: np.ndarray, size: int) -> np.ndarray:
