@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +41,11 @@ SERVERS = 2
 class FM(nnx.Module):
     """Rendle's factorisation machine; column 0 of a row is the weight."""
 
-    def __init__(self, rngs: nnx.Rngs) -> None:
+    def __init__(self, rngs: nnx.Rngs, learning_rate: float) -> None:
         begin = Columns(((Zeros(), 1), (Normal(0.05), FACTORS)))
-        self.embed = Embed(ROWS, 1 + FACTORS, optimizer=AdaGrad(0.05), init=begin, rngs=rngs)
+        self.embed = Embed(
+            ROWS, 1 + FACTORS, optimizer=AdaGrad(learning_rate), init=begin, rngs=rngs
+        )
         self.bias = nnx.Param(jnp.zeros(()))
 
     def __call__(self, ids):
@@ -141,6 +144,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the samples, one seed")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=256, help="of each worker")
+    parser.add_argument("--learning-rate", type=float, default=0.02)
+    parser.add_argument("--only", nargs="*", help="some of the setups")
     parser.add_argument("--workers", type=int, default=2)
     given = parser.parse_args()
     samples = 30_000 if given.quick else 300_000
@@ -155,10 +160,12 @@ def main() -> None:
         "bound 5, cache 10% LFU": CacheOptions(tenth, 5, 5, "lfu"),
         "bound 20": CacheOptions(ROWS, 20, 20),
     }
+    if given.only:
+        setups = {name: cache for name, cache in setups.items() if name in given.only}
     jax.config.update("jax_platforms", "cpu")
     size = given.batch
     shapes = {"ids": np.zeros((size, FIELDS), np.int32), "label": np.zeros(size, np.float32)}
-    program = WorkerProgram(loss, FM, batch=shapes)
+    program = WorkerProgram(loss, partial(FM, learning_rate=given.learning_rate), batch=shapes)
     found: dict[str, list[Row]] = {name: [] for name in setups}
     for seed in range(seeds):
         data = clicks(samples, seed)
@@ -169,7 +176,9 @@ def main() -> None:
             found[name].append(one)
             print(one, flush=True)
     print(f"{samples} samples, {FIELDS} fields, {ROWS} rows, Zipf {EXPONENT}, batch {given.batch}")
-    print(f"x {given.workers} workers, {SERVERS} servers, AdaGrad 0.05, {seeds} seeds; the best")
+    print(
+        f"x {given.workers} workers, {SERVERS} servers, AdaGrad {given.learning_rate}, {seeds} seeds; the best"
+    )
     print(f"possible AUC is {auc(test['logit'], test['label']):.4f}")
     print("setup                   remote rows  pulled  pushed     AUC  AUC - none  CPU-s")
     base = np.mean([row.auc for row in found["no cache"]])

@@ -143,6 +143,7 @@ class Cluster:
     seed: int = 0
     rate: optax.Schedule | None = None
     _actors: list[Any] = field(default_factory=list, init=False, repr=False)
+    _held: list[Any] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         try:
@@ -286,10 +287,16 @@ class Cluster:
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors.clear()
+        self._held.clear()
 
     def _actor(self, kind: type, *given: Any) -> Any:
-        made = _ray().remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(kind).remote(*given)
+        # Ray keeps large arguments in its store only while someone refers to them, and an actor
+        # that starts anew needs them again.
+        ray = _ray()
+        held = [ray.put(argument) for argument in given]
+        made = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(kind).remote(*held)
         self._actors.append(made)
+        self._held.extend(held)
         return made
 
     def _await(self, number: int) -> int:
