@@ -176,9 +176,8 @@ def main() -> None:
             found[name].append(one)
             print(one, flush=True)
     print(f"{samples} samples, {FIELDS} fields, {ROWS} rows, Zipf {EXPONENT}, batch {given.batch}")
-    print(
-        f"x {given.workers} workers, {SERVERS} servers, AdaGrad {given.learning_rate}, {seeds} seeds; the best"
-    )
+    print(f"x {given.workers} workers, {SERVERS} servers, AdaGrad {given.learning_rate}")
+    print(f"{seeds} seeds", end="; the best ")
     print(f"possible AUC is {auc(test['logit'], test['label']):.4f}")
     print("setup                   remote rows  pulled  pushed     AUC  AUC - none  CPU-s")
     base = np.mean([row.auc for row in found["no cache"]])
