@@ -264,7 +264,7 @@ def _program(placed: PlacedTable, *, moves: bool) -> Callable[..., Any]:
         step = state.step + 1
         rows, slots = rule.update(state.rows, state.slots, own, step, jnp.float32(1))
         moved = lax.psum(((rows - state.rows) ** 2).sum(), (ROWS, COLUMNS))
-        return TableState(rows, slots, step, state.scratch), total, moved
+        return TableState(rows, slots, step, state.scratch, state.key), total, moved
 
     whole = grid_sharding(placed.mesh, (), 0).spec
     split = grid_sharding(placed.mesh, ((ROWS, COLUMNS),), 1).spec

@@ -207,7 +207,7 @@ class LookupProgram:
             return (new, *slots)
 
         pieces, scratch = exchange.push(asked, gradient, rounds, state.pieces, state.scratch, take)
-        return TableState(pieces[0], pieces[1:], state.step + 1, scratch)
+        return TableState(pieces[0], pieces[1:], state.step + 1, scratch, state.key)
 
 
 def _exchange(placed: PlacedTable, requests: int) -> Exchange:

@@ -43,7 +43,7 @@ def parquet_bytes():
     return content.getvalue()
 
 
-SEEDS = {**TEXTS, "parquet": parquet_bytes(), "gz": gzip.compress(TEXTS["libsvm"])}
+SEEDS = {**TEXTS, "parquet": parquet_bytes(), "gz": gzip.compress(TEXTS["libsvm"], mtime=0)}
 FORMATS = ["auto", *TEXTS, "parquet"]
 
 
