@@ -18,55 +18,42 @@ from typing import Any
 
 import jax
 
-from shardpar.capture.trace import Captured
-from shardpar.cli.arguments import read_cluster, read_config
 from shardpar.cli.ending import ending
-from shardpar.cli.planning import (
-    Planned,
-    capture,
-    capture_aloud,
-    make_plan,
-    show_plan,
-    use_devices,
+from shardpar.cli.later import later
+from shardpar.cli.planning import Planned, capture_aloud, show_plan, use_devices
+from shardpar.cli.preparing import (
+    MODEL,
+    Ahead,
+    Prepared,
+    machines_of,
+    plan_to_follow,
+    prepare,
+    resumed_config,
+    same_run,
 )
-from shardpar.cli.sampling import TOKENIZER, read_tokenizer
 from shardpar.cli.tables import console, describe, print_json
-from shardpar.config.load import load
-from shardpar.config.model_source import find_model
-from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import RunConfig
-from shardpar.errors import ConfigError, PlanError, RunError, UserError
-from shardpar.lowering.devices import local_cluster
+from shardpar.errors import RunError, UserError
 from shardpar.lowering.probe import probe_s, product_flops
-from shardpar.lowering.switch import Programs
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
 from shardpar.run.durable import write_atomically
-from shardpar.run.environment import describe_environment
 from shardpar.run.metrics import MetricsLog, Unwritten
-from shardpar.run.peers import Peers
+from shardpar.run.peers import ALONE, Peers
 from shardpar.run.progress import Progress, clock_time
 from shardpar.run.rendezvous import Rendezvous
-from shardpar.run.report import write_report
 from shardpar.run.supervised import STOPPED, Supervised
 from shardpar.spec.cluster import Cluster
 from shardpar.spec.plan import Plan
 from shardpar.spec.schedule import digest, tasks
-from shardpar.spec.text import plan_from_text, plan_to_text
-from shardpar.train import compile as compilation
-from shardpar.train.changes import PlanChanges, read_schedule
-from shardpar.train.data import TextData, load_text
+from shardpar.spec.text import plan_to_text
+from shardpar.train.changes import PlanChanges
+from shardpar.train.data import TextData
 from shardpar.train.generate import generate as sample_tokens
-from shardpar.train.loop import PLAN, Outcome, Surroundings, require_vocabulary
+from shardpar.train.loop import PLAN, Outcome, Surroundings
 from shardpar.train.loop import train as run_loop
-from shardpar.train.optimizer import make_optimizer
 from shardpar.train.requests import Machines, Requests, Task
 from shardpar.train.watch import SpeedWatch
-
-MODEL = "model.py"
-"""The model's source, kept to see whether it was changed between two sessions."""
-
-_PINS = ("file", "data", "fsdp", "tensor", "sequence_parallel", "recompute", "microbatch")
 
 
 def train(
@@ -94,34 +81,25 @@ def resume(
     plan: str | None,
     json: bool,
     dry_run: bool,
+    ahead: Ahead | None = None,
 ) -> None:
-    """`shardpar train --resume`: the run's own config, with overrides."""
+    """`shardpar train --resume`: the run's own config, with overrides.
+
+    With `ahead`, from `stand_by` with the same arguments, only what is left is done.
+    """
+    if ahead is not None and where is None:
+        _give_signs_of_life()
+        directory = RunDirectory.existing(Path(path))
+        prepared = ahead.prepared if ahead.holds(directory) else None
+        config = resumed_config(directory, overrides, plan)
+        _begin(config, directory.path.name, directory.path, ALONE, json=json, dry_run=dry_run,
+               prepared=prepared)  # fmt: skip
+        return
     peers = _prepare(devices, where)
     with _all_or_none(peers):
-        _resume(path, overrides, peers, plan=plan, json=json, dry_run=dry_run)
-
-
-def _resume(
-    path: str,
-    overrides: Sequence[str] | None,
-    peers: Peers,
-    *,
-    plan: str | None,
-    json: bool,
-    dry_run: bool,
-) -> None:
-    directory = RunDirectory.existing(Path(path))
-    given = list(overrides or ())
-    changed = not _same_devices(directory)
-    if plan or changed or any(text.startswith("plan.") for text in given):
-        # Other devices or another plan: what the run pinned before does not bind it now.
-        pins = (*_PINS, "cluster") if changed else _PINS
-        given = [*(f"plan.{pin}=null" for pin in pins), *given]
-    config, _ = read_config(
-        [str(directory.config_yaml), *given],
-        {"train.run_dir": str(directory.path), "plan.file": plan},
-    )
-    _begin(config, directory.path.name, directory.path, peers, json=json, dry_run=dry_run)
+        directory = RunDirectory.existing(Path(path))
+        config = resumed_config(directory, overrides, plan)
+        _begin(config, directory.path.name, directory.path, peers, json=json, dry_run=dry_run)
 
 
 @contextmanager
@@ -138,17 +116,28 @@ def _all_or_none(peers: Peers) -> Iterator[None]:
 
 
 def _prepare(devices: int | None, where: Rendezvous | None) -> Peers:
-    supervised = Supervised.find(os.environ)
-    if supervised is not None:
-        supervised.begin()
+    _give_signs_of_life()
     return use_devices(devices, where)
 
 
+def _give_signs_of_life() -> None:
+    supervised = Supervised.find(os.environ)
+    if supervised is not None:
+        supervised.begin()
+
+
 def _begin(
-    config: RunConfig, name: str, path: Path | None, peers: Peers, *, json: bool, dry_run: bool
+    config: RunConfig,
+    name: str,
+    path: Path | None,
+    peers: Peers,
+    *,
+    json: bool,
+    dry_run: bool,
+    prepared: Prepared | None = None,
 ) -> None:
     if path is not None and RunDirectory(path).config_yaml.is_file():
-        config = _same_run(config, RunDirectory(path))
+        config = same_run(config, RunDirectory(path))
     else:
         config = replace(
             config,
@@ -156,11 +145,11 @@ def _begin(
                 config.optimizer, decay_steps=config.optimizer.decay_end(config.train.steps)
             ),
         )
-    machines = _machines(config)
+    machines = machines_of(config)
     if dry_run:
         captured = capture_aloud(config)
         followed = RunDirectory(path) if path else None
-        planned = _plan_to_follow(config, captured, followed, machines)
+        planned = plan_to_follow(config, captured, followed, machines)
         if peers.is_first:
             show_plan(planned)
         return
@@ -169,41 +158,11 @@ def _begin(
     directory = RunDirectory(path)
     config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
     with _signals() as signals, Progress(quiet=not peers.is_first) as progress:
-        _train(config, name, directory, machines, peers, progress, signals, json=json)
+        _train(config, name, directory, machines, peers, progress, signals, prepared, json=json)
 
 
 def _fresh(name: str) -> Path:
     return RunDirectory.fresh(name, datetime.now()).path
-
-
-def _machines(config: RunConfig) -> Cluster:
-    """The devices at hand, with the rates of the config's cluster file if it names one.
-
-    Raises:
-      ConfigError: the file describes another number of devices.
-    """
-    here = local_cluster()
-    if config.plan.cluster is None:
-        return here
-    described = read_cluster(config.plan.cluster)
-    if described.num_devices != here.num_devices:
-        raise ConfigError(
-            f"plan.cluster, {config.plan.cluster}, has {described.num_devices} devices, and there "
-            f"are {here.num_devices} to train on; drop plan.cluster, or plan for it with "
-            "`shardpar plan`"
-        )
-    return described
-
-
-def _same_devices(directory: RunDirectory) -> bool:
-    """Whether the run's plan is for the devices at hand, or a hand-written one fits them."""
-    if not directory.plan.is_file():
-        return True
-    plan, here = compilation.read_plan(directory.plan), local_cluster()
-    by_hand = load(str(directory.config_yaml), find_files=False).plan.file is not None
-    if by_hand or plan.cluster == here.name:
-        return max(plan.devices) < here.num_devices
-    return len(plan.devices) == here.num_devices
 
 
 def _train(
@@ -214,35 +173,18 @@ def _train(
     peers: Peers,
     progress: Progress,
     signals: _Signals,
+    prepared: Prepared | None,
     *,
     json: bool,
 ) -> None:
     supervised = Supervised.find(os.environ)
     directory.make()
     started = time.monotonic()
-    stored = read_tokenizer(directory) if (directory.path / TOKENIZER).is_file() else None
-    with progress.phase("reading the data"):
-        data = load_text(config.data, stored)
-    vocabulary = config.model.get("vocab_size")
-    require_vocabulary(vocabulary if isinstance(vocabulary, int) else None, data)
-    with progress.phase("capturing the model"):
-        captured = capture(config)
-    for warning in captured.warnings:
-        progress.say(f"note: {warning}")
-    planned = _planned_together(config, captured, directory, machines, peers)
-    schedule, later = read_schedule(
-        config.train.plan_schedule, captured, config.train.global_batch, machines.num_devices
-    )
-    if later and not directory.is_run():
-        raise PlanError(later[0])
-    for reason in later:
-        progress.say(f"note: left out of train.plan_schedule for now: {reason}")
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    programs = Programs(captured, optimizer, config.program)
-    for plan in schedule:
-        # What cannot be lowered is refused now, not when its turn comes.
-        programs.program(plan)
-    texts = _texts(config, planned, data)
+    prepared = prepared or prepare(config, directory, machines, peers, progress)
+    data, planned, programs = prepared.data, prepared.planned, prepared.programs
+    captured, schedule, texts = planned.captured, prepared.schedule, prepared.texts
+    for note in prepared.notes:
+        progress.say(f"note: {note}")
     peers.agree("plan, config, data or code", _digest(texts, planned.plan, data))
     with ExitStack() as stack:
         checkpoints = stack.enter_context(
@@ -291,6 +233,7 @@ def _train(
                 requests.there,
                 _speed_watch(config, machines, peers, requests),
                 supervised is not None,
+                lambda: supervised.says(jax.devices()[0].platform) if supervised else None,
             ),
         )
     text = _sample(config, outcome, data, peers, progress)
@@ -299,42 +242,15 @@ def _train(
     if not peers.is_first:
         return
     ended = "stopped" if outcome.stopped else "diverged" if outcome.diverged else "finished"
-    write_report(
+    later("reporting").report(
         directory,
+        planned,
         title=name,
         status=ended,
-        facts={
-            "parameters": f"{captured.graph.num_parameters:,}",
-            "plan": describe(
-                planned.plan.pipelines[0].stages[0].layers[0],
-                planned.plan.pipelines[0].stages[0].mesh,
-            ),
-            "this session": clock_time(time.monotonic() - started),
-        },
-        environment=describe_environment(jax.devices()),
+        session_s=time.monotonic() - started,
         sample=text,
     )
     _conclude(outcome, directory, text, started, json=json)
-
-
-def _planned_together(
-    config: RunConfig,
-    captured: Captured,
-    directory: RunDirectory,
-    machines: Cluster,
-    peers: Peers,
-) -> Planned:
-    """The first process's plan in every process, as its text says it."""
-    made: list[Planned] = []
-
-    def plan() -> str:
-        made.append(_plan_to_follow(config, captured, directory, machines))
-        return plan_to_text(made[0].plan)
-
-    plan_ = plan_from_text(peers.decide("plan", plan), "the plan of process 0")
-    if made:
-        return replace(made[0], plan=plan_)
-    return make_plan(config, captured, machines, plan=plan_)
 
 
 def _digest(texts: Mapping[str, str], plan: Plan, data: TextData) -> str:
@@ -347,24 +263,6 @@ def _digest(texts: Mapping[str, str], plan: Plan, data: TextData) -> str:
         version("shardpar"),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _texts(config: RunConfig, planned: Planned, data: TextData) -> dict[str, str]:
-    """What is kept beside the run and each of its checkpoints: all that is needed to go on."""
-    # Plans are kept too, so the run does not depend on the files they came from.
-    if config.plan.file is not None:
-        config = replace(config, plan=replace(config.plan, file=PLAN))
-    schedule = enumerate(config.train.plan_schedule)
-    plans = {f"plan-{n}.yaml": Path(file).read_text() for n, file in schedule}
-    config = replace(config, train=replace(config.train, plan_schedule=tuple(plans)))
-    return {
-        **plans,
-        "config.yaml": to_yaml(config),
-        "config.gin": to_gin(config),
-        PLAN: plan_to_text(planned.plan),
-        TOKENIZER: data.tokenizer.to_text(),
-        MODEL: find_model(config.model.source).read_text(),
-    }
 
 
 def _write_all(texts: dict[str, str], directory: RunDirectory) -> None:
@@ -383,33 +281,6 @@ def _note_changed_model(text: str, directory: RunDirectory, progress: Progress) 
         progress.say(
             f"note: the model's file is not what it was; {stored} has the text of the last session"
         )
-
-
-def _plan_to_follow(
-    config: RunConfig, captured: Captured, directory: RunDirectory | None, machines: Cluster
-) -> Planned:
-    """The plan the run has had so far, unless its devices, its batch or the user's wishes changed.
-
-    A new search might choose otherwise, on a machine with another amount of memory
-    or with a later cost model, and the losses would no longer be the same bit for bit.
-    """
-    if (
-        directory is not None
-        and directory.config_yaml.is_file()
-        and directory.plan.is_file()
-        and config.plan.file is None
-    ):
-        then = compilation.read_plan(directory.plan)
-        if (
-            load(str(directory.config_yaml), find_files=False).plan == config.plan
-            and then.global_batch == config.train.global_batch
-            and then.cluster == machines.name
-        ):
-            kept = replace(config, plan=replace(config.plan, file=str(directory.plan)))
-            planned = make_plan(kept, captured, machines)
-            if planned.cost.peak_bytes <= planned.limit_bytes:
-                return planned
-    return make_plan(config, captured, machines)
 
 
 def _introduce(
@@ -522,38 +393,6 @@ def _peak_flops(config: RunConfig, planned: Planned) -> float | None:
     if kind.source == "assumed":
         return None
     return kind.flops(config.program.compute_dtype) * len(planned.plan.devices)
-
-
-def _same_run(config: RunConfig, directory: RunDirectory) -> RunConfig:
-    """The config, if it says the same run as the one stored in the directory."""
-    stored = load(str(directory.config_yaml), find_files=False)
-    if config.optimizer.decay_steps is None:
-        config = replace(
-            config, optimizer=replace(config.optimizer, decay_steps=stored.optimizer.decay_steps)
-        )
-    now, then = _fixed(config), _fixed(stored)
-    changed = [key for key in now if now[key] != then.get(key)]
-    if changed:
-        differences = "; ".join(f"{key} was {then.get(key)!r}, now {now[key]!r}" for key in changed)
-        raise ConfigError(
-            f"{directory.path} holds another run: {differences}; "
-            "use the old values, or another train.run_dir"
-        )
-    return config
-
-
-def _fixed(config: RunConfig) -> dict[str, Any]:
-    values: dict[str, Any] = {
-        "model.source": config.model.source,
-        "train.seed": config.train.seed,
-        "program.compute_dtype": config.program.compute_dtype,
-        **{f"model.{key}": value for key, value in config.model.options},
-    }
-    for section in ("data", "optimizer"):
-        values.update({f"{section}.{k}": v for k, v in vars(getattr(config, section)).items()})
-    # The same text may lie elsewhere; the position in the data proves that it is the same.
-    del values["data.path"]
-    return values
 
 
 @dataclass

@@ -352,3 +352,16 @@ def _other_data(key: str, then: Any, now: Any) -> str:
             "restore data.path, data.field, data.eval_fraction and the files they name"
         )
     return f"data position: {what}, or begin a new run"
+
+
+def require_vocabulary(model_vocab: int | None, data: TextData) -> None:
+    """Refuses a model that has no row for some token of the data.
+
+    Raises:
+      DataError: naming both sizes.
+    """
+    if model_vocab is not None and data.tokenizer.vocab_size > model_vocab:
+        raise DataError(
+            f"model.vocab_size is {model_vocab}, but the {data.tokenizer.name} tokenizer has "
+            f"{data.tokenizer.vocab_size} tokens; use model.vocab_size={data.tokenizer.vocab_size}"
+        )

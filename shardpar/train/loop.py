@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from shardpar.errors import DataError, PlanError, RunError
+from shardpar.errors import PlanError, RunError
 from shardpar.lowering.devices import peak_bytes_in_use
 from shardpar.lowering.lower import AnyProgram
 from shardpar.lowering.state import TrainState
@@ -87,6 +87,7 @@ class Surroundings:
       devices: asked in the first process which devices are not lost.
       speeds: probes the devices now and then; None where that would say nothing.
       supervised: whether a supervisor starts this process again when it ends.
+      underway: called when the first step has been made.
     """
 
     checkpoints: Checkpoints
@@ -102,6 +103,7 @@ class Surroundings:
     devices: Callable[[], Collection[int]] = tuple
     speeds: SpeedWatch | None = None
     supervised: bool = False
+    underway: Callable[[], None] = lambda: None
 
 
 def train(
@@ -205,6 +207,7 @@ class _Loop:
         self.tokens_per_step = graph.tokens * options.global_batch / graph.batch
         self.flops_per_token = graph.flops_per_token
         self.warned_mfu = False
+        self.is_underway = False
         self.watchdog = Watchdog(
             around.peers,
             options.stuck_after_s,
@@ -381,6 +384,9 @@ class _Loop:
         values = {name: np.asarray(value).item() for name, value in pending.metrics.items()}
         clock.tick()
         self.watchdog.saw(pending.step)
+        if not self.is_underway:
+            self.is_underway = True
+            self.around.underway()
         row: dict[str, Any] = {"loss": values["loss"], "grad_norm": values["grad_norm"]}
         tokens_per_s = mfu = None
         if clock.step_s:
@@ -488,16 +494,3 @@ class _Clock:
 
 def _ids(samples: np.ndarray) -> str:
     return ",".join(str(int(s)) for s in samples)
-
-
-def require_vocabulary(model_vocab: int | None, data: TextData) -> None:
-    """Refuses a model that has no row for some token of the data.
-
-    Raises:
-      DataError: naming both sizes.
-    """
-    if model_vocab is not None and data.tokenizer.vocab_size > model_vocab:
-        raise DataError(
-            f"model.vocab_size is {model_vocab}, but the {data.tokenizer.name} tokenizer has "
-            f"{data.tokenizer.vocab_size} tokens; use model.vocab_size={data.tokenizer.vocab_size}"
-        )
