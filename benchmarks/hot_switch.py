@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import psutil
 
 from shardpar.capture.trace import trace
 from shardpar.config.model_source import load_model_source
@@ -216,8 +217,9 @@ def walked(
             seconds_of.append(seconds)
             wrong = differing(program, state, whole)
             assert not wrong, f"bits differ under plan {number}: {wrong[:3]}"
-            if count % 20 == 0:
-                print(f"  {count} switches, {median(seconds_of):.2f} s each", flush=True)
+            if count % 5 == 0:
+                held = psutil.Process().memory_info().rss / 1e9
+                print(f"  {count}: {median(seconds_of):.2f} s each, {held:.1f} GB", flush=True)
     return program, state, first, cached
 
 
@@ -235,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if _MAPPED not in os.environ:
         # Otherwise malloc keeps freed pieces of other sizes, and the process grows with each plan.
-        os.environ[_MAPPED] = "65536"
+        os.environ |= {_MAPPED: "65536", "MALLOC_ARENA_MAX": "2"}
         os.execv(sys.executable, [sys.executable, "-m", "benchmarks.hot_switch", *sys.argv[1:]])
     use_virtual_devices(8)
     jax.config.update("jax_compilation_cache_dir", str(Path(tempfile.gettempdir()) / "hot_switch"))

@@ -56,7 +56,7 @@ class Prepared:
     planned: Planned
     schedule: tuple[Plan, ...]
     programs: Programs
-    texts: Mapping[str, str]
+    texts: dict[str, str]
     notes: tuple[str, ...]
 
 
