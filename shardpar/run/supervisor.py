@@ -117,14 +117,14 @@ class Supervisor:
         self._log("supervisor started", f"process {os.getpid()}")
         try:
             while True:
-                before = self._trainer
+                trainer = self._trainer
                 epoch = self._look()
                 self._mind_trainer(epoch)
                 self._standby.mind(self._platform())
                 ended = self._ended(epoch)
                 if ended is not None:
                     return ended
-                if self._trainer is before:
+                if self._trainer is trainer:
                     self._rest()
         finally:
             self._kill()
