@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from shardpar.cli import preparing
 from shardpar.cli.preparing import stand_by
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
@@ -32,6 +33,12 @@ def half(finished, tmp_path):
     shutil.copytree(finished, run)
     shutil.rmtree(run / "checkpoints" / "8")
     return run
+
+
+@pytest.fixture
+def as_it_is(monkeypatch):
+    """This process's jax has started already, and its settings are other tests' too."""
+    monkeypatch.setattr(preparing, "use_devices", lambda _: None)
 
 
 def files(run):
@@ -69,7 +76,7 @@ def test_what_was_prepared_goes_on_as_the_run_would_have(finished, half):
 
 
 @pytest.mark.parametrize("changed", ["plan.yaml", "config.yaml"])
-def test_a_run_that_has_changed_meanwhile_is_prepared_for_anew(half, changed):
+def test_a_run_that_has_changed_meanwhile_is_prepared_for_anew(half, changed, as_it_is):
     ahead = stand_by(str(half), None, devices=None, plan=None)
     directory = RunDirectory(half)
     assert ahead is not None
@@ -80,7 +87,7 @@ def test_a_run_that_has_changed_meanwhile_is_prepared_for_anew(half, changed):
     assert not ahead.holds(directory)
 
 
-def test_where_nothing_can_be_prepared_the_process_waits_all_the_same(half):
+def test_where_nothing_can_be_prepared_the_process_waits_all_the_same(half, as_it_is):
     (half / "plan.yaml").write_text("no plan")
     assert stand_by(str(half), None, devices=None, plan=None) is None
     assert stand_by(str(half / "nowhere"), None, devices=None, plan=None) is None
