@@ -136,7 +136,7 @@ class Wild:
         self.nodes[node] = train(
             f"train.steps={self.steps}", f"train.plan_schedule=[{files}]", "train.switch_every=5",
             f"checkpoint.every_steps={self.every}", "supervise.lost_after_s=10",
-            "supervise.join_s=20", "supervise.standby=false",
+            "supervise.join_s=20", "supervise.standby=none",
             "supervise.give_up_after=50", "train.stuck_after_s=60",
             "--devices", "4", "--run-dir", "wild", "--supervise", "--nodes", "2", "--node", node,
             "--address", "localhost", cwd=self.cwd, log=f"{node}.log",

@@ -10,6 +10,6 @@ def later(module: str) -> Any:
     """A module of `shardpar.cli`, imported now rather than when the command line starts.
 
     Args:
-      module: "planning", "training" or "sampling".
+      module: such as "planning" or "training".
     """
     return importlib.import_module(f"shardpar.cli.{module}")

@@ -87,8 +87,11 @@ def train(
 
         shardpar train configs/gpt.gin --coordinator node1:1234 --processes 2 --process 0
     """
+    ahead = None
     if STANDBY in os.environ:
         later("training")
+        if os.environ[STANDBY] == "programs" and resume is not None:
+            ahead = later("preparing").stand_by(resume, config, devices=devices, plan=plan)
         if not wait_for_turn(os.environ, sys.stdin):
             raise typer.Exit
     if supervise:
@@ -120,8 +123,9 @@ def train(
             )  # fmt: skip
             raise typer.Exit(code)
         later("training").resume(
-            resume, config, devices=devices, where=where, plan=plan, json=json, dry_run=dry_run
-        )
+            resume, config, devices=devices, where=where, plan=plan, json=json, dry_run=dry_run,
+            ahead=ahead,
+        )  # fmt: skip
         return
     loaded, name = read_any_config(config, {"plan.file": plan, "train.run_dir": run_dir})
     if isinstance(loaded, SparseConfig):

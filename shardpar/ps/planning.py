@@ -168,7 +168,7 @@ def capacity_for(requests: float, owners: int) -> int:
     """Rows per owner that one round holds but for rare luck: the mean and six deviations.
 
     >>> capacity_for(1000.0, 4)
-    332
+    333
     """
     mean = requests / owners
     return max(1, math.ceil(mean + _SIGMAS * math.sqrt(mean * (1 - 1 / owners))))

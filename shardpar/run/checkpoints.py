@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePath
 from types import TracebackType
 
 from shardpar.errors import CheckpointError, RunError
-from shardpar.run.arrays import ArrayStore, as_arrays
+from shardpar.run.arrays import ArrayStore, as_arrays, snapshot
 from shardpar.run.leaves import Tree, named_leaves, record, require_equal
 from shardpar.run.lock import RunLock
 from shardpar.run.manifest import (
@@ -150,13 +151,19 @@ class Checkpoints:
         leaves = as_arrays(named_leaves(state)[0])
         records = {name: record(leaf) for name, leaf in leaves.items()}
         self._peers.decide("new checkpoint", lambda: self._begin_draft(step))
-        try:
-            self._store.begin_write(self._steps.draft(step) / _ARRAYS, leaves)
-        except (OSError, ValueError, RuntimeError) as error:
-            if self._peers.is_first:
-                self._steps.clear_leftovers()
-            raise self._save_error(step, error) from error
-        self._pending = self._thread.submit(self._commit, step, records, texts)
+        bits, is_free = snapshot(leaves)
+        write = partial(self._store.begin_write, self._steps.draft(step) / _ARRAYS, bits)
+        if is_free and self._peers.count == 1:
+            # Training need not even wait until writing has begun.
+            self._pending = self._thread.submit(self._commit, step, records, texts, write)
+        else:
+            try:
+                write()
+            except (OSError, ValueError, RuntimeError) as error:
+                if self._peers.is_first:
+                    self._steps.clear_leftovers()
+                raise self._save_error(step, error) from error
+            self._pending = self._thread.submit(self._commit, step, records, texts)
         self._newest_saved = step
 
     def _begin_draft(self, step: int) -> None:
@@ -324,9 +331,16 @@ class Checkpoints:
                 raise
             self._notify(str(failure))
 
-    def _commit(self, step: int, records: Mapping[str, ArrayRecord], texts: dict[str, str]) -> None:
+    def _commit(
+        self,
+        step: int,
+        records: Mapping[str, ArrayRecord],
+        texts: dict[str, str],
+        write: Callable[[], None] = lambda: None,
+    ) -> None:
         problem: Exception | None = None
         try:
+            write()
             self._store.finish_write()
         except Exception as error:
             problem = error

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta
+
+Preparation: TypeAlias = Literal["none", "imports", "programs"]
+"""How far a process goes that stands by for a trainer that dies."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class SuperviseOptions:
       most_backoff_s: the longest such wait.
       give_up_after: failures in a row without a new checkpoint after which the run ends.
       least_nodes: fewer nodes than this wait for more instead of training.
-      standby: keep a second process ready that has imported everything, so that a trainer that
-        dies is replaced seconds sooner; it takes some memory of the host and no device.
+      standby: keep a second process ready, so that a trainer that dies is replaced sooner: with
+        `imports` it has imported everything, with `programs` it has also made the programs, where
+        one node trains on CPUs (elsewhere as `imports`). It takes some memory of the host, and no
+        accelerator.
     """
 
     heartbeat_s: Annotated[float, Meta(gt=0.0)] = 2.0
@@ -50,4 +55,4 @@ class SuperviseOptions:
     most_backoff_s: Annotated[float, Meta(ge=0.0)] = 60.0
     give_up_after: Annotated[int, Meta(ge=1)] = 5
     least_nodes: Annotated[int, Meta(ge=1)] = 1
-    standby: bool = True
+    standby: Preparation = "programs"

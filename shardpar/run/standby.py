@@ -1,4 +1,4 @@
-"""A process that has imported everything and waits: what takes over when a trainer dies."""
+"""A process that has prepared itself and waits: what takes over when a trainer dies."""
 
 from __future__ import annotations
 
@@ -8,44 +8,74 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 
+from shardpar.run import priority
+from shardpar.run.options import Preparation
 from shardpar.run.supervised import STANDBY
 
-_AFTER_S = 10.0
-"""How long after a trainer one is started: the trainer's own start comes first."""
+_AFTER_S = 3.0
+"""How long after a trainer's first step one is started."""
+
+
+def preparation(wanted: Preparation, nodes: int, platform: str) -> Preparation:
+    """How far a process that stands by may go before it is its turn.
+
+    Programs are made on devices. An accelerator has room for one process, the trainer; and
+    processes of several nodes see their devices only when they have met.
+
+    Args:
+      wanted: from the options.
+      nodes: that are meant to train.
+      platform: of the trainer's devices, as jax calls it.
+
+    >>> preparation("programs", 1, "cpu"), preparation("programs", 1, "gpu")
+    ('programs', 'imports')
+    >>> preparation("programs", 2, "cpu"), preparation("none", 1, "cpu")
+    ('imports', 'none')
+    """
+    if wanted == "programs" and (nodes > 1 or platform != "cpu"):
+        return "imports"
+    return wanted
 
 
 class Standby:
-    """At most one process that waits for its turn."""
+    """At most one process that waits for its turn, and takes no time from the trainer."""
 
-    def __init__(self, command: Sequence[str], wanted: bool) -> None:
+    def __init__(self, command: Sequence[str], wanted: Preparation, nodes: int) -> None:
         """None is started yet.
 
         Args:
           command: starts a trainer that goes on where another got to.
-          wanted: whether there shall be one at all.
+          wanted: how far it shall prepare itself, where it may.
+          nodes: that are meant to train.
         """
-        self._command, self._wanted = command, wanted
+        self._command, self._wanted, self._nodes = command, wanted, nodes
         self._waiting: subprocess.Popen[bytes] | None = None
         self._due_s: float | None = None
 
-    def soon(self) -> None:
-        """One shall wait from a while from now on."""
-        if self._wanted and self._waiting is None:
-            self._due_s = time.monotonic() + _AFTER_S
+    def mind(self, platform: str | None) -> None:
+        """Starts one if it is time: the trainer's own start comes first.
 
-    def mind(self) -> None:
-        """Starts one if it is time."""
-        if self._waiting is not None and self._waiting.poll() is not None:
-            self._waiting = None
-            self.soon()
-        if self._due_s is not None and time.monotonic() >= self._due_s:
-            self._due_s = None
-            self._waiting = subprocess.Popen(
-                self._command,
-                env={**os.environ, STANDBY: "1"},
-                stdin=subprocess.PIPE,
-                start_new_session=True,
-            )
+        Args:
+          platform: of the trainer's devices, once it makes steps.
+        """
+        # One that has ended by itself would do so again: the next trainer gets another.
+        if self._waiting is not None or platform is None:
+            return
+        may = preparation(self._wanted, self._nodes, platform)
+        if may == "none":
+            return
+        now_s = time.monotonic()
+        if self._due_s is None:
+            self._due_s = now_s + _AFTER_S
+        if now_s < self._due_s:
+            return
+        self._waiting = subprocess.Popen(
+            self._command,
+            env={**os.environ, STANDBY: may},
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        priority.lower(self._waiting.pid)
 
     def take(self, told: Mapping[str, str]) -> subprocess.Popen[bytes] | None:
         """The waiting process as a trainer; None if none waits.
@@ -56,6 +86,7 @@ class Standby:
         process, self._waiting, self._due_s = self._waiting, None, None
         if process is None or process.stdin is None:
             return None
+        priority.restore(process.pid)
         try:
             process.stdin.write(json.dumps(dict(told)).encode() + b"\n")
             process.stdin.close()

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -14,6 +15,7 @@ STOPPED = 86
 """The exit code of a supervised trainer that saved and stopped because it was asked to."""
 HEARTBEAT, EVERY_S = "SHARDPAR_HEARTBEAT", "SHARDPAR_HEARTBEAT_S"
 STANDBY = "SHARDPAR_STANDBY"
+"""Tells a process to wait for its turn, and how far to prepare itself first."""
 _ORPHANED = 87
 
 
@@ -28,7 +30,7 @@ def wait_for_turn(environment: MutableMapping[str, str], words: TextIO) -> bool:
       Whether to go on; False if the supervisor is gone.
 
     >>> import io
-    >>> told = {"SHARDPAR_STANDBY": "1"}
+    >>> told = {"SHARDPAR_STANDBY": "imports"}
     >>> wait_for_turn(told, io.StringIO('{"JAX_PROCESS_ID": "0"}\n')), told
     (True, {'JAX_PROCESS_ID': '0'})
     """
@@ -58,6 +60,11 @@ class Supervised:
         if HEARTBEAT not in environment:
             return None
         return cls(Path(environment[HEARTBEAT]), float(environment.get(EVERY_S, "2")))
+
+    def says(self, platform: str) -> None:
+        """Tells the supervisor on what devices this process makes steps."""
+        with suppress(OSError):
+            self.heartbeat.write_text(platform)
 
     def begin(self) -> None:
         """Starts to give signs of life, in a thread."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -89,7 +90,7 @@ class Supervisor:
             self.close()
             raise
         self._trainer: subprocess.Popen[bytes] | None = None
-        self._standby = Standby(job.resume, job.options.standby)
+        self._standby = Standby(job.resume, job.options.standby, job.nodes)
         self._started_s = 0.0
         self._state: State = "waiting"
         self._epoch, self._code = 0, 0
@@ -116,13 +117,15 @@ class Supervisor:
         self._log("supervisor started", f"process {os.getpid()}")
         try:
             while True:
+                trainer = self._trainer
                 epoch = self._look()
                 self._mind_trainer(epoch)
-                self._standby.mind()
+                self._standby.mind(self._platform())
                 ended = self._ended(epoch)
                 if ended is not None:
                     return ended
-                time.sleep(_TICK_S)
+                if self._trainer is trainer:
+                    self._rest()
         finally:
             self._kill()
             self._standby.close()
@@ -153,6 +156,21 @@ class Supervisor:
             return
         self._asked_to_stop = number
         self._send(signal.SIGTERM)
+
+    def _rest(self) -> None:
+        """Waits for the next look; a trainer that ends is looked at sooner."""
+        if self._trainer is None or not hasattr(os, "pidfd_open"):
+            time.sleep(_TICK_S)
+            return
+        try:
+            handle = os.pidfd_open(self._trainer.pid)
+        except OSError:
+            time.sleep(_TICK_S)
+            return
+        try:
+            select.select([handle], [], [], _TICK_S)
+        finally:
+            os.close(handle)
 
     def _look(self) -> Epoch:
         """Says how this node is, and decides if it leads."""
@@ -216,11 +234,19 @@ class Supervisor:
             env={**os.environ, **given},
             start_new_session=True,
         )
-        self._standby.soon()
         self._epoch, self._state, self._code = epoch.number, "running", 0
         self._told_to_stop_s, self._started_s = None, time.monotonic()
         self._port = free_port()
         self._log("trainer started", f"process {self._trainer.pid}, {index} of {count}")
+
+    def _platform(self) -> str | None:
+        """Of the trainer's devices, as it says when it makes steps."""
+        if self._trainer is None:
+            return None
+        try:
+            return (self._folder / f".{self.job.node}.trainer").read_text() or None
+        except (OSError, UnicodeDecodeError):
+            return None
 
     def _config_changed(self) -> int | None:
         """When the run's config was written: a trainer does so when it has got as far as steps."""

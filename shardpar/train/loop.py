@@ -91,6 +91,7 @@ class Surroundings:
       speeds: probes the devices now and then; None where that would say nothing.
       supervised: whether a supervisor starts this process again when it ends.
       stepping: how a step is made of a batch, under the plan in force.
+      underway: called when the first step has been made.
     """
 
     checkpoints: Checkpoints
@@ -107,6 +108,7 @@ class Surroundings:
     speeds: SpeedWatch | None = None
     supervised: bool = False
     stepping: Start = OneLength
+    underway: Callable[[], None] = lambda: None
 
 
 def train(
@@ -213,6 +215,7 @@ class _Loop:
         self.options, self.saving, self.around = options, saving, around
         self.flops_per_token = programs.captured.graph.flops_per_token
         self.warned_mfu = False
+        self.is_underway = False
         self.watchdog = Watchdog(
             around.peers,
             options.stuck_after_s,
@@ -412,6 +415,9 @@ class _Loop:
         values = {name: np.asarray(value).item() for name, value in pending.metrics.items()}
         clock.tick(pending.tokens["tokens"])
         self.watchdog.saw(pending.step)
+        if not self.is_underway:
+            self.is_underway = True
+            self.around.underway()
         row: dict[str, Any] = {"loss": values["loss"], "grad_norm": values["grad_norm"]}
         tokens_per_s = mfu = None
         if clock.step_s:

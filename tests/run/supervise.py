@@ -21,7 +21,7 @@ def main() -> None:
     values = {key: float(value) for key, value in (text.split("=") for text in given)}
     options: dict[str, Any] = {**QUICK, **values}
     # The stand-in trainers do not know how to wait for their turn.
-    options["standby"] = False
+    options["standby"] = "none"
     options["give_up_after"] = int(options.get("give_up_after", 5))
     command = [sys.executable, "-c", trainer, folder]
     job = Job(
