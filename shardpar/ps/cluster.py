@@ -39,6 +39,8 @@ from shardpar.ps.server import Durability
 from shardpar.ps.shard import Dense, ShardSpec
 from shardpar.ps.worker import Data, WorkerProgram
 
+_INLINE_BYTES = 50_000
+
 _MERGED: dict[str, Callable[[Any, Any], Any]] = {
     "sum": np.add,
     "max": np.maximum,
@@ -293,7 +295,8 @@ class Cluster:
         # Ray keeps large arguments in its store only while someone refers to them, and an actor
         # that starts anew needs them again.
         ray = _ray()
-        held = [ray.put(argument) for argument in given]
+        large = [len(ray.cloudpickle.dumps(argument)) > _INLINE_BYTES for argument in given]
+        held = [ray.put(x) if put else x for x, put in zip(given, large, strict=True)]
         made = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(kind).remote(*held)
         self._actors.append(made)
         self._held.extend(held)

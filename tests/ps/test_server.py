@@ -17,7 +17,8 @@ import pytest
 from shardpar.errors import CheckpointError, DataError, PlanError, RunError
 from shardpar.ps.consistency import ASP
 from shardpar.ps.initializers import Normal
-from shardpar.ps.messages import PullRequest, Push, RowsRequest, RowsUpdate
+from shardpar.ps.log import RecordLog
+from shardpar.ps.messages import PullRequest, Push, RowsRequest, RowsUpdate, push_bytes
 from shardpar.ps.optimizers import SGD, AdaGrad, LazyAdam
 from shardpar.ps.placement import Placement
 from shardpar.ps.server import Durability, Server
@@ -219,6 +220,21 @@ def test_a_damaged_log_is_refused(tmp_path):
     log.write_bytes(data)
     with pytest.raises(CheckpointError, match="does not fit its checksum"):
         Server(counter_spec(), keep)
+
+
+def test_a_push_that_is_in_the_log_twice_is_played_once(tmp_path):
+    """As when the disk failed to sync after the write, and the worker sent it again."""
+    server = Server(counter_spec(), Durability(tmp_path))
+    server.push(one_more(0))
+    server.push(one_more(1))
+    server.close()
+    with RecordLog(tmp_path / "log-00000000", number=3) as log:
+        log.add(push_bytes(one_more(1)))
+    again = Server(counter_spec(), Durability(tmp_path))
+    assert counted(again) == [2, 2, 2]
+    again.push(one_more(2))
+    again.close()
+    assert counted(Server(counter_spec(), Durability(tmp_path))) == [3, 3, 3]
 
 
 def test_a_directory_is_one_server_s(tmp_path):
