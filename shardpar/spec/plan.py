@@ -257,6 +257,11 @@ class Plan:
                 "zero: pipelines shares the optimizer state out over pipelines, and there is "
                 "one; leave it out, or write zero1 or fsdp in the layers' entries"
             )
+        if self.zero == "pipelines" and any(p.schedule == "single_jit" for p in self.pipelines):
+            raise PlanError(
+                "zero: pipelines is for pipelines in programs of their own, and schedule "
+                "single_jit makes one of them; write schedule: 1f1b, or leave zero out"
+            )
         shares = [pipeline.sequences for pipeline in self.pipelines]
         if sum(shares) != self.global_batch:
             raise PlanError(
