@@ -172,10 +172,10 @@ def test_what_a_plan_cannot_mean_is_refused(text, message):
 
 def test_pipelines_in_one_program_share_nothing_out():
     two = (
-        "format: shardpar-plan/1\ncluster: c\nglobal_batch: 2\nzero: pipelines\npipelines:\n"
-        "- {sequences: 1, microbatch: 1, schedule: single_jit, stages: "
+        "format: shardpar-plan/1\ncluster: c\nglobal_batch: 4\nzero: pipelines\npipelines:\n"
+        "- {sequences: 2, microbatch: 1, schedule: single_jit, stages: "
         "[{devices: [0], layers: [{layers: embed}]}, {devices: [1], layers: [{layers: head}]}]}\n"
-        "- {sequences: 1, microbatch: 1, schedule: single_jit, stages: "
+        "- {sequences: 2, microbatch: 1, schedule: single_jit, stages: "
         "[{devices: [2], layers: [{layers: embed}]}, {devices: [3], layers: [{layers: head}]}]}\n"
     )
     with pytest.raises(PlanError, match="single_jit makes one of them"):
