@@ -9,7 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+LONG = pytest.mark.skipif(
+    not os.environ.get("SHARDPAR_LONG"), reason="half a minute; set SHARDPAR_LONG=1"
+)
+"""What a cheaper test, or a page of the documentation, shows nearly as well."""
 TINY = (
     "model.layers=2", "model.width=128", "model.heads=8", "model.max_length=32",
     "data.sequence_length=32", "train.global_batch=8", "train.eval_batches=2",

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import pytest
 
 from benchmarks import faults
-from tests.cli.command import ROOT, TINY, losses, rows, shardpar
+from tests.cli.command import LONG, ROOT, TINY, losses, rows, shardpar
 
-LONG = pytest.mark.skipif(
-    not os.environ.get("SHARDPAR_LONG"), reason="half a minute; set SHARDPAR_LONG=1"
-)
 GPT = str(ROOT / "configs" / "gpt.gin")
 RUN = (*TINY, "train.log_samples=true", "train.eval_every=0", "train.steps=16")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shardpar.errors import ConfigError, PlanError
-from tests.cli.command import rows
+from tests.cli.command import LONG, rows
 from tests.cli.mixed import GPT, TINY, texts, train
 
 WIDE = """\
@@ -84,6 +84,7 @@ def require_same(found, expected):
 
 
 @pytest.mark.slow
+@LONG
 def test_buckets_have_the_losses_of_one_length_and_go_on_where_they_stopped(here, calm):
     two = ("buckets.lengths=[8,32]", "buckets.plans=[wide.yaml,six.yaml]")
     train(GPT, *TINY, *two, "plan.file=six.yaml", "train.steps=2", "train.run_dir=wild")

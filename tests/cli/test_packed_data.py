@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.cli.command import ROOT, TINY, losses, shardpar
+from tests.cli.command import LONG, ROOT, TINY, losses, shardpar
 
 GPT = str(ROOT / "configs" / "gpt.gin")
 PACKED = (
@@ -36,6 +36,7 @@ def loss(model, batch):
 '''
 
 
+@LONG
 def test_a_packed_run_that_stopped_goes_on_as_if_it_had_not(tmp_path):
     shardpar(*PACKED, "train.steps=6", "train.run_dir=calm", cwd=tmp_path)
     shardpar(*PACKED, "train.steps=3", "train.run_dir=wild", cwd=tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -16,6 +17,10 @@ import pytest
 from tests.cli.command import ROOT, TINY, losses, rows, shardpar, start
 
 GPT = str(ROOT / "configs" / "gpt.gin")
+ALL = bool(os.environ.get("SHARDPAR_LONG"))
+"""Whether to run what takes minutes in full: every plan, 20 steps, ten kills."""
+
+STEPS = 20 if ALL else 6
 PLANS = {
     "dp8": ("plan.data=8",),
     "fsdp8": ("plan.fsdp=8",),
@@ -33,9 +38,9 @@ PLANS = {
 }  # fmt: skip
 
 
-def twenty_steps(cwd: Path, *extra: str) -> list[float]:
+def some_steps(cwd: Path, *extra: str) -> list[float]:
     done = shardpar(
-        "train", GPT, "train.steps=20", "train.eval_every=0", "train.sample_prompt=null",
+        "train", GPT, f"train.steps={STEPS}", "optimizer.decay_steps=20", "train.eval_every=0", "train.sample_prompt=null",
         "checkpoint.every_steps=0", "--json", *extra, cwd=cwd,
     )  # fmt: skip
     return [row["loss"] for row in rows(done.stdout) if "loss" in row]
@@ -43,26 +48,26 @@ def twenty_steps(cwd: Path, *extra: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def one_device(tmp_path_factory):
-    return twenty_steps(tmp_path_factory.mktemp("one"), "--devices", "1")
+    return some_steps(tmp_path_factory.mktemp("one"), "--devices", "1")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", PLANS if ALL else list(PLANS)[3:])
 def test_the_demo_on_eight_devices_has_the_losses_of_one(name, one_device, tmp_path):
-    assert len(one_device) == 20
-    got = twenty_steps(tmp_path, "--devices", "8", *PLANS[name])
+    assert len(one_device) == STEPS
+    got = some_steps(tmp_path, "--devices", "8", *PLANS[name])
     np.testing.assert_allclose(got, one_device, rtol=2e-5)
 
 
-KILLS = 10
+KILLS = 10 if ALL else 4
 LONG = (
-    *TINY, "train.steps=600", "train.log_samples=true", "checkpoint.every_steps=25",
+    *TINY, "train.steps=600" if ALL else "train.steps=300", "train.log_samples=true", "checkpoint.every_steps=25",
     "train.log_every=100", "train.eval_every=150",
 )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_run_killed_ten_times_anywhere_is_the_run_that_was_never_killed(tmp_path):
+def test_a_run_killed_often_anywhere_is_the_run_that_was_never_killed(tmp_path):
     shardpar("train", GPT, *LONG, "train.run_dir=calm", "--devices", "1", cwd=tmp_path)
     moments = random.Random(20)
     killed, metrics = 0, tmp_path / "wild" / "metrics.jsonl"
