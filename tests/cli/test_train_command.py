@@ -40,8 +40,8 @@ PLANS = {
 
 def some_steps(cwd: Path, *extra: str) -> list[float]:
     done = shardpar(
-        "train", GPT, f"train.steps={STEPS}", "optimizer.decay_steps=20", "train.eval_every=0", "train.sample_prompt=null",
-        "checkpoint.every_steps=0", "--json", *extra, cwd=cwd,
+        "train", GPT, f"train.steps={STEPS}", "optimizer.decay_steps=20", "train.eval_every=0",
+        "train.sample_prompt=null", "checkpoint.every_steps=0", "--json", *extra, cwd=cwd,
     )  # fmt: skip
     return [row["loss"] for row in rows(done.stdout) if "loss" in row]
 
@@ -61,8 +61,8 @@ def test_the_demo_on_eight_devices_has_the_losses_of_one(name, one_device, tmp_p
 
 KILLS = 10 if ALL else 4
 LONG = (
-    *TINY, "train.steps=600" if ALL else "train.steps=300", "train.log_samples=true", "checkpoint.every_steps=25",
-    "train.log_every=100", "train.eval_every=150",
+    *TINY, "train.steps=600" if ALL else "train.steps=300", "train.log_samples=true",
+    "checkpoint.every_steps=25", "train.log_every=100", "train.eval_every=150",
 )  # fmt: skip
 
 
