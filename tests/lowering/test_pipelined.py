@@ -99,6 +99,8 @@ PLANS = {
         {},
     ),
 }  # fmt: skip
+_IN_FULL = ("two stages, gpipe, scanned", "a stage on three devices")
+BRIEF = [pytest.param(name, marks=[LONG] if name in _IN_FULL else []) for name in PLANS]
 
 
 def trained(program, steps=STEPS, source=None):
@@ -149,13 +151,13 @@ def assert_states_close(program, state, expected, rtol=2e-4, atol=2e-5):
         )
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", BRIEF)
 def test_named_plans_train_like_one_device(name):
     _, seen = run_of(name)
     np.testing.assert_allclose(seen, single()[1], rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", BRIEF)
 def test_the_state_after_some_steps_is_that_of_one_device_in_every_copy(name):
     program, (state, _) = program_of(name), run_of(name)
     # Adam divides by the root of the second moment: where it is tiny, noise grows.
@@ -211,7 +213,7 @@ def test_bfloat16_over_stages_stays_close_and_keeps_float32_master_weights():
             assert {str(s.dtype) for s in programs.sent} <= {"bfloat16"}
 
 
-@pytest.mark.parametrize("layers", ["unroll", "scan"])
+@pytest.mark.parametrize("layers", [pytest.param("unroll", marks=LONG), "scan"])
 def test_dropout_over_stages_draws_the_keys_of_one_device(layers):
     source = captured(dropout=0.3, **SIZES)
     plan = plan_over(
@@ -310,7 +312,7 @@ def net_programs(name, plan, rule=None, microbatch=4, **options):
     )
 
 
-@pytest.mark.parametrize("layers", ["unroll", "scan"])
+@pytest.mark.parametrize("layers", [pytest.param("unroll", marks=LONG), "scan"])
 @pytest.mark.parametrize("name", NETS)
 def test_models_with_values_that_cross_stages_train_like_one_device(name, layers):
     _, count = net(name)
