@@ -177,8 +177,11 @@ def _chunks(path: Path, chunk_bytes: int, notify: Callable[[int, int], None]) ->
             source: Any = gzip.GzipFile(fileobj=raw) if start.startswith(_GZIP) else raw
             is_first = True
             for data in _whole_lines(path, source, chunk_bytes):
-                yield data.removeprefix(b"\xef\xbb\xbf") if is_first else data
+                # pyarrow drops one more mark by itself, so all go here.
+                while is_first and data.startswith(b"\xef\xbb\xbf"):
+                    data = data.removeprefix(b"\xef\xbb\xbf")
                 is_first = False
+                yield data
                 notify(min(raw.tell(), size), size)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from None
