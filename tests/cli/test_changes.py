@@ -29,6 +29,7 @@ def same(found, expected):
 
 
 @pytest.mark.slow
+@LONG
 def test_devices_that_held_the_only_copy_take_the_run_back_to_its_checkpoint(tmp_path, calm):
     first = ("plan.fsdp=4", "train.steps=6", "checkpoint.every_steps=3", "--run-dir", "run")
     shardpar("train", GPT, *RUN, *first, "--devices", "4", cwd=tmp_path)
