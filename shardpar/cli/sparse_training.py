@@ -28,7 +28,6 @@ from shardpar.config.schema import SparseConfig
 from shardpar.errors import ConfigError, DataError, RunError
 from shardpar.lowering.devices import local_cluster
 from shardpar.ps.data.batches import eval_batches
-from shardpar.ps.data.clicks import ClickLog
 from shardpar.ps.data.open import open_parts
 from shardpar.ps.data.options import SparseDataOptions
 from shardpar.ps.data.source import Source
@@ -239,7 +238,7 @@ def _sample(
 
 def _total_steps(config: SparseConfig, data: SparseDataOptions) -> int | None:
     if data.format == "clicks":
-        epoch = -(-ClickLog(data.samples, data.seed).samples // config.train.global_batch)
+        epoch = -(-data.samples // config.train.global_batch)
         steps = epoch * config.train.epochs
         return steps if config.train.steps is None else min(steps, config.train.steps)
     return config.train.steps

@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 from shardpar.capture.cut import CutProgram, cut
 from shardpar.capture.trace import Captured
 from shardpar.errors import CaptureError, PlanError
+from shardpar.lowering.elsewhere import placed
 from shardpar.lowering.options import ProgramOptions
 from shardpar.spec.plan import Pipeline
 
@@ -64,3 +66,32 @@ def require_batch(batch: Mapping[str, Any], shapes: Mapping[str, Any], sequences
                 f'batch["{name}"] has shape {tuple(batch[name].shape)}; this program was made for '
                 f"{want}"
             )
+
+
+def placed_batch(
+    batch: Mapping[str, Any],
+    shapes: Mapping[str, Any],
+    sequences: int,
+    cut_in: int | None,
+    sharding: NamedSharding,
+) -> dict[str, jax.Array]:
+    """A batch on devices, for programs that take all of its micro-batches at once.
+
+    Args:
+      batch: arrays whose dim 0 counts sequences; others than the program's are left out.
+      shapes: of the captured batch.
+      sequences: how many there must be.
+      cut_in: micro-batches that it is cut into, a dim of their own; None does not cut.
+      sharding: of each array, that dim included.
+
+    Raises:
+      CaptureError: an array is missing.
+      PlanError: an array's first dim is not what the plan expects.
+    """
+    require_batch(batch, shapes, sequences)
+    cut_up = {name: batch[name] for name in shapes}
+    if cut_in is not None:
+        dims = (cut_in, sequences // cut_in)
+        cut_up = {name: x.reshape(*dims, *x.shape[1:]) for name, x in cut_up.items()}
+    arrays = placed(list(cut_up.values()), [sharding] * len(cut_up))
+    return dict(zip(cut_up, arrays, strict=True))

@@ -18,10 +18,9 @@ import optax
 from shardpar.capture.trace import OUTSIDE, Captured
 from shardpar.errors import PlanError
 from shardpar.lowering.elsewhere import first_device, in_order
-from shardpar.lowering.elsewhere import placed as put
 from shardpar.lowering.homes import Homes, Move
 from shardpar.lowering.meshes import jax_mesh
-from shardpar.lowering.microbatches import require_batch, shortest_loop, traced
+from shardpar.lowering.microbatches import placed_batch, shortest_loop, traced
 from shardpar.lowering.options import ProgramOptions
 from shardpar.lowering.ready import Ready
 from shardpar.lowering.shardings import batch_sharding, constrain, replicated
@@ -167,15 +166,10 @@ class Program:
         Raises:
           PlanError: if an array's first dim is not what the plan expects.
         """
-        want = self.plan.global_batch if stacked else self.pipeline.microbatch
-        require_batch(batch, self.captured.batch, want)
-        placed = {name: batch[name] for name in self.captured.batch}
-        if stacked:
-            shape = (self.pipeline.num_microbatches, self.pipeline.microbatch)
-            placed = {name: x.reshape(*shape, *x.shape[1:]) for name, x in placed.items()}
         sharding = batch_sharding(self.mesh, self._data_axes, stacked=int(stacked))
-        shardings = [sharding] * len(placed)
-        return dict(zip(placed, put(list(placed.values()), shardings), strict=True))
+        sequences = self.plan.global_batch if stacked else self.pipeline.microbatch
+        cut_in = self.pipeline.num_microbatches if stacked else None
+        return placed_batch(batch, self.captured.batch, sequences, cut_in, sharding)
 
     @property
     def used_devices(self) -> list[jax.Device]:

@@ -120,10 +120,12 @@ def choose(
     fitting = [option for option in options if option[1] <= memory_bytes]
     if not fitting:
         least = min(held_ for _, held_, _ in options)
+        suggestion = "use more devices, fewer rows (data.hashed=true), or a row-wise optimizer"
         raise InfeasibleError(
             f"a table of {table.rows:,} x {table.dim} needs {least / 2**30:.2f} GiB on a device, "
-            f"{(least - memory_bytes) / 2**30:.2f} more than there is; use more devices, fewer "
-            "rows (data.hashed=true), or a row-wise optimizer"
+            f"{(least - memory_bytes) / 2**30:.2f} more than there is; {suggestion}",
+            missing_bytes=math.ceil(least - memory_bytes),
+            suggestion=suggestion,
         )
     moved_bytes, peak_bytes, placement = min(fitting, key=lambda option: option[:2])
     return Choice(

@@ -251,7 +251,7 @@ def test_a_full_disk_is_named_and_nothing_stored_is_lost(small_disk: Path) -> No
         for step in (2, 3, 4):
             checkpoints.save(step, noise(step))
         # Three steps of a megabyte fit; a fourth is refused before it is begun.
-        with pytest.raises(CheckpointError, match=r"it needs about 1\.\d MB and the disk has 0"):
+        with pytest.raises(CheckpointError, match=r"it needs about 1\.1 MB and the disk has 0"):
             checkpoints.save(5, noise(5))
         assert checkpoints.steps() == (2, 3, 4)
         for step in (2, 3, 4):

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from msgspec import Meta
 
-from shardpar import ps
 from shardpar.ps import losses
 from shardpar.ps.algorithms.fm import first_and_second_order
-from shardpar.ps.algorithms.perceptron import Perceptron, require_fields
+from shardpar.ps.algorithms.perceptron import WeightsAndNetwork
 
 TRAINS = "tables"
 
@@ -38,25 +36,13 @@ class DeepFMOptions:
     init_std: Annotated[float, Meta(gt=0.0)] = 0.01
 
 
-class DeepFM(nnx.Module):
+class DeepFM(WeightsAndNetwork):
     """Both scores, added."""
-
-    def __init__(self, options: DeepFMOptions, rngs: nnx.Rngs):
-        self.options = options
-        begin = ps.Columns(((ps.Zeros(), 1), (ps.Normal(options.init_std), options.factors)))
-        self.features = ps.Embed(options.rows, 1 + options.factors, init=begin, rngs=rngs)
-        width = options.fields * options.factors + options.dense
-        self.network = Perceptron(width, options.hidden, options.dropout, rngs)
-        self.bias = nnx.Param(jnp.zeros(()))
 
     def __call__(self, batch):
         """Scores [batch]."""
-        require_fields(self.options.fields, batch["ids"].shape[1])
-        scaled = self.features(batch["ids"], batch["values"])
-        flat = scaled[..., 1:].reshape(scaled.shape[0], -1)
-        if self.options.dense:
-            flat = jnp.concatenate([flat, batch["dense"]], axis=1)
-        return self.bias[...] + first_and_second_order(scaled) + self.network(flat)
+        scaled, deep = self.parts(batch)
+        return first_and_second_order(scaled) + deep
 
 
 def build(options: DeepFMOptions, rngs: nnx.Rngs) -> DeepFM:

@@ -12,9 +12,9 @@ from typing import Any
 
 import jax
 
-from shardpar.ps.algorithms import word2vec
+from shardpar.ps.algorithms import node2vec
 from shardpar.ps.algorithms.embeddings import NodeEmbeddings, Progress, quiet
-from shardpar.ps.algorithms.walks import WalkOptions, Walks, adjacency
+from shardpar.ps.algorithms.node2vec import Node2VecOptions
 from shardpar.ps.algorithms.word2vec import Word2VecOptions
 from shardpar.ps.placement import Placement
 
@@ -29,8 +29,8 @@ class DeepWalkOptions:
       directed: edges are walked from source to target only.
       model: of the vectors.
 
-    >>> DeepWalkOptions(length=5).walks.per_node
-    10
+    >>> DeepWalkOptions(length=5).as_node2vec.walks
+    WalkOptions(length=5, per_node=10, p=1.0, q=1.0, directed=False)
     """
 
     length: int = 40
@@ -39,9 +39,11 @@ class DeepWalkOptions:
     model: Word2VecOptions = field(default_factory=Word2VecOptions)
 
     @property
-    def walks(self) -> WalkOptions:
-        """Of first order."""
-        return WalkOptions(self.length, self.walks_per_node, directed=self.directed)
+    def as_node2vec(self) -> Node2VecOptions:
+        """Walks of first order are those of second order that do not care where they were."""
+        return Node2VecOptions(
+            self.length, self.walks_per_node, directed=self.directed, model=self.model
+        )
 
 
 def fit(
@@ -72,12 +74,12 @@ def fit(
     Raises:
       DataError: an edge names no node, or a weight is not positive.
     """
-    graph = adjacency(nodes, sources, targets, weights, directed=options.directed)
-    walks = Walks(graph, options.walks, seed)
-    return word2vec.fit(
-        options.model,
+    return node2vec.fit(
+        options.as_node2vec,
         nodes,
-        walks,
+        sources,
+        targets,
+        weights,
         seed=seed,
         devices=devices,
         placement=placement,

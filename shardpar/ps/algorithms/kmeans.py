@@ -299,7 +299,8 @@ def _assigned(
         point, weight = part
         scores = norms - 2 * point @ centres.T
         label = scores.argmin(axis=1)
-        least = jnp.maximum(scores.min(axis=1) + (point * point).sum(axis=1), 0)
+        # From the difference: squares that are taken apart cancel, and leave few bits.
+        least = ((point - centres[label]) ** 2).sum(axis=1)
         if sums:
             with_weight = jnp.concatenate([point, jnp.ones_like(weight)[:, None]], axis=1)
             total = total.at[label].add(with_weight * weight[:, None])

@@ -14,10 +14,10 @@ from scipy import sparse
 from scipy.optimize import minimize
 from scipy.sparse.csgraph import minimum_spanning_tree
 from scipy.special import expit
-from scipy.stats import rankdata
 
 from shardpar.errors import ConfigError, DataError
 from shardpar.ps.algorithms.walks import adjacency, checked_edges
+from shardpar.ps.metrics import auc
 
 Score = Literal["dot", "hadamard"]
 
@@ -131,7 +131,7 @@ def link_auc(vectors: np.ndarray, split: EdgeSplit, score: Score = "dot", seed: 
     vectors = np.asarray(vectors, np.float64)
     edge, none = _products(vectors, split.held), _products(vectors, split.absent)
     if score == "dot":
-        return auc(edge.sum(1), none.sum(1))
+        return _told_apart(edge.sum(1), none.sum(1))
     if score != "hadamard":
         raise ConfigError(f"scores are 'dot' or 'hadamard', not {score!r}")
     random = np.random.default_rng((seed, 3))
@@ -145,7 +145,12 @@ def link_auc(vectors: np.ndarray, split: EdgeSplit, score: Score = "dot", seed: 
     labels = np.repeat([1.0, 0.0], [len(known), len(others)])
     scale = features.std(0) + 1e-12
     weights = _logistic(features / scale, labels)
-    return auc(edge / scale @ weights, none / scale @ weights)
+    return _told_apart(edge / scale @ weights, none / scale @ weights)
+
+
+def _told_apart(edges: np.ndarray, none: np.ndarray) -> float:
+    labels = np.repeat([1.0, 0.0], [len(edges), len(none)])
+    return auc(labels, np.concatenate([edges, none]))
 
 
 def _products(vectors: np.ndarray, pairs: np.ndarray) -> np.ndarray:
@@ -165,14 +170,3 @@ def _logistic(features: np.ndarray, labels: np.ndarray, penalty: float = 1.0) ->
 
     start = np.zeros(columns.shape[1])
     return minimize(objective, start, jac=True, method="L-BFGS-B").x[:-1]
-
-
-def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """The chance that one of the positive is above one of the negative, ties counting half.
-
-    >>> auc(np.array([2.0, 3.0]), np.array([1.0, 2.0]))
-    0.875
-    """
-    ranks = rankdata(np.concatenate([positive, negative]))
-    above = ranks[: len(positive)].sum() - len(positive) * (len(positive) + 1) / 2
-    return float(above / (len(positive) * len(negative)))

@@ -1,11 +1,14 @@
-"""The network that the deep click models share: linear layers with rectifiers, one output."""
+"""What the deep click models share: a network of rectified layers over a factor row per field."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
 
+import jax.numpy as jnp
 from flax import nnx
+
+from shardpar import ps
 
 
 class Perceptron(nnx.Module):
@@ -38,3 +41,29 @@ def require_fields(fields: int, slots: int) -> None:
             f"model.fields is {fields}, but a sample has {slots} features, one per field; write "
             f"model.fields={slots}"
         )
+
+
+class WeightsAndNetwork(nnx.Module):
+    """A weight and factors for each id, and a network over the factors of all fields.
+
+    Args:
+      options: with `rows`, `fields`, `dense`, `factors`, `hidden`, `dropout` and `init_std`.
+      rngs: as for any Flax layer.
+    """
+
+    def __init__(self, options, rngs: nnx.Rngs):
+        self.options = options
+        begin = ps.Columns(((ps.Zeros(), 1), (ps.Normal(options.init_std), options.factors)))
+        self.features = ps.Embed(options.rows, 1 + options.factors, init=begin, rngs=rngs)
+        width = options.fields * options.factors + options.dense
+        self.network = Perceptron(width, options.hidden, options.dropout, rngs)
+        self.bias = nnx.Param(jnp.zeros(()))
+
+    def parts(self, batch):
+        """Each feature's row times its value [batch, fields, 1 + factors]; the deep score."""
+        require_fields(self.options.fields, batch["ids"].shape[1])
+        scaled = self.features(batch["ids"], batch["values"])
+        flat = scaled[..., 1:].reshape(scaled.shape[0], -1)
+        if self.options.dense:
+            flat = jnp.concatenate([flat, batch["dense"]], axis=1)
+        return scaled, self.bias[...] + self.network(flat)

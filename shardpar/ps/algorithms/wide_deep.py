@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from msgspec import Meta
 
-from shardpar import ps
 from shardpar.ps import losses
-from shardpar.ps.algorithms.perceptron import Perceptron, require_fields
+from shardpar.ps.algorithms.perceptron import WeightsAndNetwork
 
 TRAINS = "tables"
 
@@ -33,25 +31,13 @@ class WideDeepOptions:
     init_std: Annotated[float, Meta(gt=0.0)] = 0.01
 
 
-class WideDeep(nnx.Module):
+class WideDeep(WeightsAndNetwork):
     """The sum of the wide part's score and the deep part's."""
-
-    def __init__(self, options: WideDeepOptions, rngs: nnx.Rngs):
-        self.options = options
-        begin = ps.Columns(((ps.Zeros(), 1), (ps.Normal(options.init_std), options.factors)))
-        self.features = ps.Embed(options.rows, 1 + options.factors, init=begin, rngs=rngs)
-        width = options.fields * options.factors + options.dense
-        self.network = Perceptron(width, options.hidden, options.dropout, rngs)
-        self.bias = nnx.Param(jnp.zeros(()))
 
     def __call__(self, batch):
         """Scores [batch]."""
-        require_fields(self.options.fields, batch["ids"].shape[1])
-        scaled = self.features(batch["ids"], batch["values"])
-        flat = scaled[..., 1:].reshape(scaled.shape[0], -1)
-        if self.options.dense:
-            flat = jnp.concatenate([flat, batch["dense"]], axis=1)
-        return self.bias[...] + scaled[..., 0].sum(-1) + self.network(flat)
+        scaled, deep = self.parts(batch)
+        return scaled[..., 0].sum(-1) + deep
 
 
 def build(options: WideDeepOptions, rngs: nnx.Rngs) -> WideDeep:

@@ -9,7 +9,7 @@ from scipy import sparse
 from scipy.sparse.csgraph import connected_components
 
 from shardpar.errors import ConfigError, DataError
-from shardpar.ps.algorithms.link_prediction import auc, link_auc, split_edges
+from shardpar.ps.algorithms.link_prediction import link_auc, split_edges
 
 from .graphs import planted
 
@@ -59,15 +59,6 @@ def test_of_a_complete_graph_nothing_is_absent():
 def test_a_share_is_below_one():
     with pytest.raises(ConfigError, match="share"):
         split_edges(3, [0, 1], [1, 2], share=1.0)
-
-
-def test_auc_is_scikit_learns():
-    metrics = pytest.importorskip("sklearn.metrics")
-    random = np.random.default_rng(0)
-    positive, negative = random.integers(3, 9, 200), random.integers(0, 7, 300)
-    labels = np.repeat([1, 0], [200, 300])
-    want = metrics.roc_auc_score(labels, np.concatenate([positive, negative]))
-    assert auc(positive, negative) == pytest.approx(want)
 
 
 def test_vectors_that_know_the_groups_score_high_and_random_ones_do_not():
