@@ -3,18 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from shardpar.cli.arguments import Devices, Json
 from shardpar.cli.later import later
+from shardpar.errors import UserError
 
 graph = typer.Typer(
     help="PageRank, components, k-core, communities, triangles and common neighbours.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
+
+
+def _graphs() -> Any:
+    """The heavy half of the verbs.
+
+    Raises:
+      UserError: what reads edges is not installed.
+    """
+    try:
+        return later("graphs")
+    except ModuleNotFoundError as error:
+        if error.name != "pyarrow":
+            raise
+        raise UserError(
+            "edges are read by pyarrow, which is not installed; run: pip install 'shardpar[graph]'"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -105,7 +122,7 @@ def pagerank(
         shardpar graph pagerank links.csv --out near_ann.csv --restart ann
     """
     job = Job(edges, out, ids, weighted, bad_share, backend, devices, json)
-    later("graphs").pagerank(job, tol, damping, restart or [], directed)
+    _graphs().pagerank(job, tol, damping, restart or [], directed)
 
 
 @graph.command()
@@ -131,7 +148,7 @@ def components(
         shardpar graph components links.tsv --out rings.csv --strong
     """
     job = Job(edges, out, ids, weighted, bad_share, backend, devices, json)
-    later("graphs").components(job, strong)
+    _graphs().components(job, strong)
 
 
 @graph.command()
@@ -153,7 +170,7 @@ def kcore(
 
         shardpar graph kcore edges.txt --out cores.parquet
     """
-    later("graphs").kcore(Job(edges, out, ids, weighted, bad_share, backend, None, json))
+    _graphs().kcore(Job(edges, out, ids, weighted, bad_share, backend, None, json))
 
 
 @graph.command()
@@ -188,7 +205,7 @@ def communities(
         shardpar graph communities edges.txt --out communities.csv --method label-propagation
     """
     job = Job(edges, out, ids, weighted, bad_share, backend, devices, json)
-    later("graphs").communities(job, method, resolution, seed)
+    _graphs().communities(job, method, resolution, seed)
 
 
 @graph.command()
@@ -210,7 +227,7 @@ def triangles(
 
         shardpar graph triangles edges.txt --out triangles.parquet
     """
-    later("graphs").triangles(Job(edges, out, ids, weighted, bad_share, backend, None, json))
+    _graphs().triangles(Job(edges, out, ids, weighted, bad_share, backend, None, json))
 
 
 @graph.command()
@@ -244,4 +261,4 @@ def common_neighbours(
         shardpar graph common-neighbours edges.txt --out common.csv --pairs candidates.txt
     """
     job = Job(edges, out, ids, weighted, bad_share, "auto", None, json)
-    later("graphs").common_neighbours(job, pairs, top)
+    _graphs().common_neighbours(job, pairs, top)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 
 import networkx as nx
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 
 from shardpar.cli.main import app
 from shardpar.errors import UserError
-from tests.cli.command import shardpar
+from tests.cli.command import environment, shardpar
 
 CLUB = nx.karate_club_graph()
 
@@ -141,3 +143,19 @@ def test_bad_lines_are_left_out_and_named(folder, monkeypatch):
     )  # fmt: skip
     assert "left out bad.txt:2: a node is not an integer" in done.stderr
     assert json.loads(done.stdout)["bad_lines"] == 1
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path):
+    (tmp_path / "edges.txt").write_text("1 2\n")
+    # An import of a module that is None fails as if it were not installed.
+    program = (
+        "import sys; sys.modules['pyarrow'] = None; from shardpar.cli.main import run; "
+        "sys.argv = ['shardpar', 'graph', 'pagerank', 'edges.txt', '--out', 'r.csv']; run()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "pip install 'shardpar[graph]'" in done.stderr
+    assert "Traceback" not in done.stderr
