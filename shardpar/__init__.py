@@ -15,6 +15,7 @@ _HOME = {
     "Layout": "shardpar.spec.layout",
     "LayerGraph": "shardpar.spec.graph",
     "LayerStrategy": "shardpar.spec.plan",
+    "PartyError": "shardpar.errors",
     "Plan": "shardpar.spec.plan",
     "PlanError": "shardpar.errors",
     "Program": "shardpar.lowering.program",

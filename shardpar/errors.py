@@ -10,7 +10,8 @@
     │   ├── TargetError        machines that nothing here can compile for
     │   └── DataError          data that is missing or malformed
     └── RunError               the run failed; the command line exits with 1
-        └── CheckpointError    a checkpoint is damaged or missing
+        ├── CheckpointError    a checkpoint is damaged or missing
+        └── PartyError         another party of a federation did not answer, or broke the protocol
 
 Each message says what is wrong, where, what was got, and what to write instead.
 """
@@ -74,3 +75,15 @@ class RunError(ShardparError):
 
 class CheckpointError(RunError):
     """A checkpoint is damaged, incomplete, or belongs to another model."""
+
+
+class PartyError(RunError):
+    """Another party of a federation did not answer, or sent what the protocol does not allow.
+
+    Attributes:
+      party: which one.
+    """
+
+    def __init__(self, message: str, *, party: str) -> None:
+        super().__init__(message)
+        self.party = party

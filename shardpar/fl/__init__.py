@@ -1,0 +1,1 @@
+"""Federated and privacy-preserving learning: parties that may not share data train together."""
