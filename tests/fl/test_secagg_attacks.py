@@ -157,6 +157,8 @@ def test_survivors_that_others_did_not_sign_are_refused():
     few = UnmaskRequest(request.alive, (), request.signatures[:2])
     with pytest.raises(PartyError, match="2 clients signed the survivors; it takes 3"):
         client.unmask(few)
+    with pytest.raises(PartyError, match="asked about others than the survivors"):
+        client.unmask(UnmaskRequest(request.alive[:3], request.alive[3:], request.signatures[:3]))
     twice = UnmaskRequest(request.alive, (), request.signatures[:2] * 2)
     with pytest.raises(PartyError, match="sent signatures of"):
         client.unmask(twice)
