@@ -134,8 +134,9 @@ def grid_loss(sigma: int, dims: int, tail: float) -> float:
 def sum_loss(sigma: int, clients: int, dims: int) -> float:
     """What a sum of clients' discrete Gaussians may add to the ε of one of the same variance.
 
-    Kairouz, Liu and Steinke, "The distributed discrete Gaussian mechanism" (ICML 2021), theorem 5:
-    the densities differ by a factor within exp(±τ) per coordinate.
+    Kairouz, Liu and Steinke, "The distributed discrete Gaussian mechanism for federated learning
+    with secure aggregation" (ICML 2021): probabilities differ by a factor within exp(±τ) per
+    coordinate.
     """
     tau = 10 * sum(
         math.exp(-min(2 * math.pi**2 * sigma**2 * k / (k + 1), 700.0)) for k in range(1, clients)
