@@ -42,7 +42,7 @@ def main() -> None:
         epsilon = epsilon_of([release], DELTA, kind)
         print(f"| ε by {kind} | {epsilon:.4f} | {time.process_time() - start:.2f} |")
     start = time.process_time()
-    noise = noise_multiplier_for(Budget(2.0, DELTA), count=STEPS, sampling_rate=RATE)
+    noise = noise_multiplier_for(Budget(2.0, DELTA), STEPS, lambda z: Release(z, RATE))
     print(f"| σ for ε = 2 by pld | {noise:.4f} | {time.process_time() - start:.2f} |")
     print(f"\n{options.samples} samples, median of {options.repeats}")
     print("| noise | millions per CPU second |\n|---|---|")

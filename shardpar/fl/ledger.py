@@ -13,8 +13,8 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
@@ -22,6 +22,7 @@ from typing import Literal
 import dp_accounting
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
+from scipy import optimize
 
 from shardpar.errors import CheckpointError, ConfigError, RunError, SpecError
 
@@ -128,30 +129,48 @@ def _composed(
 
 
 def noise_multiplier_for(
-    budget: Budget, *, count: int, sampling_rate: float = 1.0, extra_epsilon: float = 0.0
+    budget: Budget, count: int, release: Callable[[float], Release] = Release
 ) -> float:
-    """The least noise with which so many releases stay within a budget.
+    """The least noise multiplier, to a ten-thousandth, with which releases stay within a budget.
+
+    Args:
+      budget: of all of them.
+      count: how many.
+      release: what one with a noise multiplier is written down as.
 
     Raises:
       ConfigError: not even a noise multiplier of 10,000 is enough.
+
+    >>> 3.7 < noise_multiplier_for(Budget(1.0, 1e-5), 1) < 3.8
+    True
     """
-    low, high = 0.01, 1.0
-    target = budget.epsilon - count * extra_epsilon
 
-    def spent(noise: float) -> float:
-        return epsilon_of([Release(noise, sampling_rate, count)], budget.delta)
+    def excess(log_noise: float) -> float:
+        """The logarithm of ε spent over the budget's."""
+        try:
+            one = release(math.exp(log_noise))
+            spent = epsilon_of([replace(one, count=count * one.count)], budget.delta)
+        except SpecError:
+            spent = math.inf
+        return math.log(min(max(spent, 1e-9), 1e9) / budget.epsilon)
 
-    while target <= 0 or spent(high) > target:
-        low, high = high, 2 * high
-        if high > 10_000:
+    high = 0.0
+    while excess(high) > 0:
+        high += math.log(2)
+        if high > math.log(10_000):
             raise ConfigError(
-                f"{count} releases cannot stay within ε {budget.epsilon:g}; use fewer rounds"
+                f"{count} releases cannot stay within ε {budget.epsilon:g}; use fewer rounds, or a "
+                "larger budget"
             )
-    low = max(low, high / 2) if high > 1 else 0.05
-    while high - low > 1e-4 * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if spent(middle) <= target else (middle, high)
-    return high
+    low = high - math.log(2)
+    while excess(low) <= 0 and low > math.log(0.05):
+        high, low = low, low - math.log(2)
+    if excess(low) > 0:
+        step = 3e-5
+        high = optimize.brentq(excess, low, high, xtol=step)
+        while excess(high) > 0:
+            high += step
+    return math.exp(high)
 
 
 class Ledger:

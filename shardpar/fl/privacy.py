@@ -1,9 +1,8 @@
 """Private sums of updates: what clients clip and add, what the aggregator adds, what it costs.
 
-A round asks `Ledger.allows(mechanism.release(...))`, lets clients train and clip, adds up, adds
-noise (`central`, or the clients did: `distributed`), appends to the ledger, and only then uses the
-result. Every mechanism is the same one: a vector in units in which the noise has standard deviation
-1 and one user, or record, moves it by at most 1 / noise_multiplier, on a grid of integers.
+`private_rounds` says how a round goes about it. Every mechanism is the same one: a vector in units
+in which the noise has standard deviation 1 and one user, or record, moves it by at most
+1 / noise_multiplier, on a grid of integers.
 
 Neighbours differ by one user (or record) being there or not. Central: the aggregator sees the exact
 sum, everyone else the noisy one. Distributed (Kairouz, Liu and Steinke, ICML 2021): under secure
@@ -270,11 +269,15 @@ class DistributedNoise:
         signed = np.asarray(total, np.uint32).view(np.int32).astype(np.float64)
         return back(signed / self.steps * self.mechanism.units(clip, self.dims))
 
-    def release(self, sampling_rate: float = 1.0) -> Release:
-        """What a round is written down as."""
+    def release(self) -> Release:
+        """What a round is written down as, before it is unmasked.
+
+        Who takes part is no secret from the aggregator, so sampling clients hides none of them
+        from it.
+        """
         sigma = math.floor(self.sigma * math.sqrt(self.least))
         loss = grid_loss(sigma, self.words, TAIL) + sum_loss(self.sigma, self.most, self.words)
-        return Release(self.mechanism.noise_multiplier, sampling_rate, 1, loss, TAIL)
+        return Release(self.mechanism.noise_multiplier, 1.0, 1, loss, TAIL)
 
 
 def local_noise(

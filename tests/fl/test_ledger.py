@@ -26,7 +26,9 @@ def gaussian_epsilon(noise_multiplier: float, delta: float) -> float:
 def test_the_published_regression_vector_holds():
     assert epsilon_of([DP_SGD], 1e-5, "rdp") == pytest.approx(2.597, abs=1e-3)
     assert epsilon_of([DP_SGD], 1e-5) == pytest.approx(2.382, abs=1e-3)
-    needed = noise_multiplier_for(Budget(2.0, 1e-5), count=DP_SGD.count, sampling_rate=256 / 60_000)
+    needed = noise_multiplier_for(
+        Budget(2.0, 1e-5), DP_SGD.count, lambda z: Release(z, 256 / 60_000)
+    )
     assert needed == pytest.approx(1.2242, abs=3e-4)
 
 
@@ -158,4 +160,4 @@ def test_a_line_is_on_disk_before_append_returns(tmp_path, monkeypatch):
 
 def test_a_budget_too_small_says_so():
     with pytest.raises(ConfigError, match="use fewer rounds"):
-        noise_multiplier_for(Budget(0.1, 1e-5), count=10, extra_epsilon=0.01)
+        noise_multiplier_for(Budget(0.1, 1e-5), 10, lambda z: Release(z, extra_epsilon=0.01))
