@@ -68,7 +68,9 @@ def test_with_a_count_the_whole_rounds_sensitivity_is_as_accounted(seed, z):
     vector = np.append(np.asarray(clipped["delta"], np.float64), float(within))
     # What a user moves, in units of the noise on each coordinate.
     assert np.linalg.norm(vector / mechanism.units(0.7, 8)) <= (1 + 1e-5) / z
-    assert mechanism.update_multiplier > z
+    # At the clip itself it is all of it: no more noise than is needed.
+    most = np.append(0.7 * np.eye(8)[0], 0.5)
+    assert np.linalg.norm(most / mechanism.units(0.7, 8)) == pytest.approx(1 / z)
     with pytest.raises(SpecError, match="spends all"):
         UserMechanism(z, clients=100, quantile=0.5, count_noise=z / 2)
 
