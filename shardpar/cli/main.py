@@ -15,6 +15,7 @@ import typer
 from shardpar.cli.doctor import doctor
 from shardpar.cli.ending import ending
 from shardpar.cli.explain import explain
+from shardpar.cli.fl import fl
 from shardpar.cli.generate import generate
 from shardpar.cli.graph import graph
 from shardpar.cli.launch import launch
@@ -38,6 +39,7 @@ for verb in (train, plan, explain, replan, reshard, generate, doctor):
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(launch)
 app.add_typer(profile, name="profile")
 app.add_typer(graph, name="graph")
+app.add_typer(fl, name="fl")
 
 
 @app.callback()

@@ -1,0 +1,1 @@
+"""Federated learning between processes: certificates, links over gRPC, rounds that survive."""
