@@ -39,9 +39,7 @@ class Channel(Protocol):
         """
         ...
 
-    def receive(
-        self, sender: str, topic: str, kind: type[M], timeout_s: float | None = None
-    ) -> M:
+    def receive(self, sender: str, topic: str, kind: type[M], timeout_s: float | None = None) -> M:
         """The next message of a topic from a party.
 
         Args:
@@ -74,9 +72,7 @@ class LocalChannel:
         self.sent_bytes += len(data)
         self.boxes[self.party, to, topic].put(data)
 
-    def receive(
-        self, sender: str, topic: str, kind: type[M], timeout_s: float | None = None
-    ) -> M:
+    def receive(self, sender: str, topic: str, kind: type[M], timeout_s: float | None = None) -> M:
         """Takes the next message out of this party's queue."""
         wait_s = self.patience_s if timeout_s is None else timeout_s
         try:

@@ -21,7 +21,8 @@ class Examples:
     """A client's data for one round, as a client's program reads it.
 
     Attributes:
-      arrays: each of shape [examples, ...]; padding rows may follow the real ones.
+      arrays: each of shape [rows, ...]; only rows that `order` names are the client's. Others are
+        padding, or in a simulation other clients'.
       order: int32 [steps, batch], rows of `arrays`; -1 is padding. A step of nothing but padding
         changes nothing.
     """
@@ -30,12 +31,16 @@ class Examples:
     order: Any
 
     def batch(self, rows: jax.Array) -> dict[str, jax.Array]:
-        """The batch of these rows [batch], with `weights`: 1 for a real row and 0 for padding."""
+        """The batch of these rows [batch], with `weights`: 1 for a real row and 0 for padding.
+
+        Where the arrays have `weights` of their own, those of real rows are kept.
+        """
         real = rows >= 0
         at = jnp.where(real, rows, 0)
         batch = {name: array[at] for name, array in self.arrays.items()}
         weights = batch.get("weights", jnp.ones(rows.shape, jnp.float32))
-        return {**batch, "weights": jnp.where(real, weights, 0.0)}
+        shown = real.reshape(-1, *[1] * (weights.ndim - 1))
+        return {**batch, "weights": jnp.where(shown, weights, 0.0)}
 
 
 def order_of(

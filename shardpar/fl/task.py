@@ -68,8 +68,8 @@ class Task:
 
         A batch without any weight has the gradient 0.
         """
-        (sum_, weight), grads = jax.value_and_grad(
-            lambda p: self.loss_sum(p, batch), has_aux=True
-        )(params)
+        (sum_, weight), grads = jax.value_and_grad(lambda p: self.loss_sum(p, batch), has_aux=True)(
+            params
+        )
         scale = 1.0 / jnp.maximum(weight, 1e-12)
         return jax.tree.map(lambda g: g * scale, grads), sum_, weight

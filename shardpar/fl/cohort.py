@@ -1,0 +1,178 @@
+"""Which clients take part in a round, and their examples packed into arrays of few sizes.
+
+Sizes are rounded up so that cohorts of different sizes run in the same compiled program; what is
+added is masked, and changes no result. The rows of a device's clients lie after each other in one
+array, and each client's order names its own, so clients of different sizes waste no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from shardpar.errors import DataError
+from shardpar.fl.clients import ClientData
+from shardpar.fl.examples import order_of
+
+_SIZES_PER_DOUBLING = 8
+_OF_COHORTS = 1 << 63
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class LocalWork:
+    """How a client goes through its examples in a round.
+
+    Attributes:
+      batch: examples per step.
+      epochs: passes over the examples.
+      seed: of their order.
+    """
+
+    batch: int = 20
+    epochs: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """The clients of one round on `devices` devices, each with `slots` places for clients.
+
+    Attributes:
+      clients: int64 [devices * slots]; -1 is a place without a client.
+      arrays: each [devices * rows, ...].
+      order: int32 [devices * slots, steps, batch]: rows of the device's part of `arrays`.
+    """
+
+    clients: np.ndarray
+    arrays: dict[str, np.ndarray]
+    order: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """How many clients there are."""
+        return int((self.clients >= 0).sum())
+
+
+def sample_cohort(population: int, size: int | None, *, seed: int, round_: int) -> np.ndarray:
+    """Clients drawn uniformly without replacement, int64, ascending.
+
+    Args:
+      population: clients in all.
+      size: how many to draw; None or more than there are takes all.
+      seed: of the run.
+      round_: from 0.
+
+    >>> sample_cohort(5, None, seed=0, round_=0).tolist()
+    [0, 1, 2, 3, 4]
+    >>> len(set(sample_cohort(1000, 10, seed=0, round_=3).tolist()))
+    10
+    """
+    if size is None or size >= population:
+        return np.arange(population)
+    draw = np.random.Generator(np.random.Philox(key=[seed, _OF_COHORTS | round_]))
+    return np.sort(draw.choice(population, size, replace=False))
+
+
+def bucketed(size: int) -> int:
+    """The size rounded up to one of eight per doubling, so by an eighth at most.
+
+    >>> [bucketed(n) for n in (0, 1, 9, 17, 100, 1001)]
+    [0, 1, 9, 18, 104, 1024]
+    """
+    unit = max(1, (1 << max(size.bit_length() - 1, 0)) // _SIZES_PER_DOUBLING)
+    return -(-size // unit) * unit
+
+
+def pack(
+    data: ClientData,
+    clients: Sequence[int] | np.ndarray,
+    work: LocalWork,
+    *,
+    round_: int,
+    devices: int = 1,
+    multiple: int = 1,
+) -> Cohort:
+    """Reads the clients' rows and lays them out.
+
+    Args:
+      data: of all clients.
+      clients: of this round, in the order in which they are added up.
+      work: batch and epochs.
+      round_: from 0; decides the order of examples.
+      devices: among which clients are dealt, those with most steps first, to and fro. One device
+        keeps them in their order.
+      multiple: the places of a device are a multiple of it.
+
+    Raises:
+      DataError: a client is not in the data.
+    """
+    chosen = np.asarray(clients, np.int64)
+    if len(chosen) and not 0 <= chosen.min() <= chosen.max() < data.clients:
+        raise DataError(
+            f"a round asks for client {int(chosen.max())}, and the data are of {data.clients} "
+            "clients, counted from 0"
+        )
+    dealt = _dealt(chosen, data.counts[chosen], devices, ordered=multiple == 1)
+    slots = -(-bucketed(max(map(len, dealt))) // multiple) * multiple
+    counts = [data.counts[part] for part in dealt]
+    rows = bucketed(max(1, *(int(part.sum()) for part in counts)))
+    most = max((int(part.max(initial=0)) for part in counts), default=0)
+    steps = max(1, bucketed(work.epochs * -(-most // work.batch)))
+    order = np.full((devices, slots, steps, work.batch), -1, np.int32)
+    ids = np.full((devices, slots), -1, np.int64)
+    arrays = {
+        name: np.zeros((devices, rows, *array.shape[1:]), array.dtype)
+        for name, array in data.fields.items()
+    }
+    for d, part in enumerate(dealt):
+        ids[d, : len(part)] = part
+        for name, array in data.rows_of(part).items():
+            arrays[name][d, : len(array)] = array
+        begin = 0
+        for slot, (client, count) in enumerate(zip(part, counts[d], strict=True)):
+            own = order_of(
+                int(count), batch=work.batch, epochs=work.epochs, seed=work.seed, round_=round_,
+                client=int(client),
+            )  # fmt: skip
+            order[d, slot, : len(own)] = np.where(own < 0, -1, own + begin)
+            begin += int(count)
+    return Cohort(
+        ids.reshape(-1),
+        {name: array.reshape(-1, *array.shape[2:]) for name, array in arrays.items()},
+        order.reshape(-1, steps, work.batch),
+    )
+
+
+def _dealt(
+    clients: np.ndarray, counts: np.ndarray, devices: int, *, ordered: bool
+) -> list[np.ndarray]:
+    if devices == 1 and ordered:
+        return [clients]
+    # Clients with about as many steps stand beside each other, and run in one chunk.
+    longest = clients[np.argsort(-counts, kind="stable")]
+    lap = np.concatenate([np.arange(devices), np.arange(devices)[::-1]])
+    whose = np.resize(lap, len(longest))
+    return [longest[whose == d] for d in range(devices)]
+
+
+def ahead(make: Callable[[int], T], numbers: Iterable[int]) -> Iterator[T]:
+    """What `make` gives for each number, the next being made in a thread while one is used.
+
+    >>> list(ahead(lambda n: n * n, range(4)))
+    [0, 1, 4, 9]
+    """
+    waiting = iter(numbers)
+    with ThreadPoolExecutor(1, thread_name_prefix="cohorts") as thread:
+        first = next(waiting, None)
+        coming = None if first is None else thread.submit(make, first)
+        while coming is not None:
+            made = coming.result()
+            following = next(waiting, None)
+            coming = None if following is None else thread.submit(make, following)
+            yield made
