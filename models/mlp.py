@@ -6,6 +6,7 @@ Plain Flax, nothing about devices.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated
 
 import jax
@@ -46,7 +47,7 @@ class MLP(nnx.Module):
     def __init__(self, options: MLPOptions, rngs: nnx.Rngs):
         widths = (options.inputs, *options.hidden, options.classes)
         self.layers = nnx.List(
-            [Dense(i, o, rngs, (2 / i) ** 0.5) for i, o in zip(widths, widths[1:], strict=False)]
+            [Dense(i, o, rngs, (2 / i) ** 0.5) for i, o in pairwise(widths)]
         )
 
     def __call__(self, x):

@@ -46,7 +46,8 @@ class Task:
             unseen; use a normalisation without them (LayerNorm, GroupNorm).
         """
         model = abstract_model(init)
-        module = nnx.eval_shape(lambda: init(nnx.Rngs(0)))
+        with nnx.use_eager_sharding(False):
+            module = nnx.eval_shape(lambda: init(nnx.Rngs(0)))
         if jax.tree.leaves(nnx.state(module, nnx.BatchStat)):
             raise CaptureError(
                 "the model keeps statistics of its batches (nnx.BatchStat), which clients with "

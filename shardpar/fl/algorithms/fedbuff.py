@@ -2,7 +2,7 @@
 
 Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation" (2022), arXiv 2106.06639,
 algorithm 1; updates count less the staler they are, by (1 + staleness)^-exponent. Which update is
-how stale is for whoever runs it to say: in simulation the event clock of `fl.asynchronous`.
+how stale is for whoever runs it to say: the caller of `Simulation.stale_round` in a simulation.
 """
 
 from __future__ import annotations
