@@ -46,9 +46,7 @@ class MLP(nnx.Module):
 
     def __init__(self, options: MLPOptions, rngs: nnx.Rngs):
         widths = (options.inputs, *options.hidden, options.classes)
-        self.layers = nnx.List(
-            [Dense(i, o, rngs, (2 / i) ** 0.5) for i, o in pairwise(widths)]
-        )
+        self.layers = nnx.List([Dense(i, o, rngs, (2 / i) ** 0.5) for i, o in pairwise(widths)])
 
     def __call__(self, x):
         x = x.reshape(x.shape[0], -1)
