@@ -26,7 +26,7 @@ from shardpar.fl.he.numbers import (
 )
 from shardpar.fl.messages import Message
 
-WINDOW_BITS = 8
+WINDOW_BITS = 10
 
 
 class PublicKeyMessage(Message):
