@@ -6,7 +6,6 @@ Plain Flax, nothing about devices.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Annotated
 
 import jax
@@ -46,7 +45,12 @@ class MLP(nnx.Module):
 
     def __init__(self, options: MLPOptions, rngs: nnx.Rngs):
         widths = (options.inputs, *options.hidden, options.classes)
-        self.layers = nnx.List([Dense(i, o, rngs, (2 / i) ** 0.5) for i, o in pairwise(widths)])
+        self.layers = nnx.List(
+            [
+                Dense(i, o, rngs, (2 / i) ** 0.5)
+                for i, o in zip(widths[:-1], widths[1:], strict=True)
+            ]
+        )
 
     def __call__(self, x):
         x = x.reshape(x.shape[0], -1)

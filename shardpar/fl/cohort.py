@@ -75,7 +75,9 @@ def sample_cohort(population: int, size: int | None, *, seed: int, round_: int) 
     """
     if size is None or size >= population:
         return np.arange(population)
-    draw = np.random.Generator(np.random.Philox(key=[seed, _OF_COHORTS | round_]))
+    # Not a list of integers: beyond 2^63 NumPy would make floats of it, which forget the round.
+    key = np.array([seed, _OF_COHORTS | round_], np.uint64)
+    draw = np.random.Generator(np.random.Philox(key=key))
     return np.sort(draw.choice(population, size, replace=False))
 
 

@@ -59,7 +59,9 @@ def order_of(
     order = np.full((epochs, steps * batch), -1, np.int32)
     # Which examples a client reads first is no secret: where privacy comes from sampling them
     # (DP-SGD), `privacy` draws the sample itself.
-    draw = np.random.Generator(np.random.Philox(key=[seed, (round_ << 32) | client]))
+    draw = np.random.Generator(
+        np.random.Philox(key=np.array([seed, (round_ << 32) | client], np.uint64))
+    )
     for epoch in range(epochs):
         order[epoch, :examples] = draw.permutation(examples)
     return order.reshape(epochs * steps, batch)

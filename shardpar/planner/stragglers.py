@@ -30,6 +30,8 @@ class Watched:
       drift: which way its readings disagree with that, one and all since `since_s`.
       since_s: when they began to.
       readings: how many they are, and `ratios` their factors over the prediction added up.
+      well_since_s: when it began to be nearly as fast as predicted; None while it is not. A change
+        of speed does not start that time anew.
     """
 
     device: int
@@ -38,6 +40,7 @@ class Watched:
     since_s: float = 0.0
     readings: int = 0
     ratios: float = 0.0
+    well_since_s: float | None = None
 
 
 @dataclass(frozen=True)
@@ -95,18 +98,24 @@ class StragglerWatch:
         return replace(self, devices=tuple(known[d] for d in sorted(known)), at_s=at_s)
 
     def _next(self, before: Watched, at_s: float, ratio: float) -> Watched:
+        began = at_s if before.well_since_s is None else before.well_since_s
+        well_since_s = began if ratio <= self._well else None
+        if well_since_s is not None and at_s - well_since_s >= self.options.for_s:
+            return Watched(before.device, well_since_s=well_since_s)
         drift = self._drift(before.speed, ratio)
         if not drift:
-            return Watched(before.device, before.speed)
+            return Watched(before.device, before.speed, well_since_s=well_since_s)
         if drift != before.drift:
             now = Watched(before.device, before.speed, drift, at_s, 1, ratio)
         else:
             now = replace(before, readings=before.readings + 1, ratios=before.ratios + ratio)
+        now = replace(now, well_since_s=well_since_s)
         if at_s - now.since_s < self.options.for_s:
             return now
         mean = now.ratios / now.readings
         # Rounded, so that devices that are slow alike are one kind to the planner.
-        return Watched(now.device, 1.0 if mean <= self._well else max(0.01, round(1 / mean, 2)))
+        speed = 1.0 if mean <= self._well else max(0.01, round(1 / mean, 2))
+        return Watched(now.device, speed, well_since_s=well_since_s)
 
     def _drift(self, speed: float, ratio: float) -> Drift:
         if ratio * speed >= self.options.factor:

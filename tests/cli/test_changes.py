@@ -73,7 +73,6 @@ def test_the_last_copy_lost_without_a_checkpoint_ends_the_run_in_words(tmp_path)
 
 
 @pytest.mark.slow
-@LONG
 def test_two_nodes_that_switch_and_are_killed_and_lost_make_the_calm_run(tmp_path):
     calm = faults.calm(tmp_path, 30)
     wild = faults.wild(tmp_path, 30, kills=1, losses=1, every=5)

@@ -98,6 +98,11 @@ def test_a_watch_is_a_value():
     assert watch == StragglerWatch(ALONE)
 
 
+def test_a_device_whose_speed_has_just_changed_is_well_again_no_later():
+    speeds = watched([1.35, 1.35, 1.35, 4.0, 1.35, 1.05, 1.05, 1.05, 0.9])
+    assert speeds[3:] == [0.5, 0.5, 0.5, 0.5, 0.89, 1.0]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([0.9, 1.05, 1.2, 1.35, 1.5, 2.0, 4.0]), min_size=1, max_size=30))
 def test_a_change_needs_the_time_of_readings_that_agree(ratios):

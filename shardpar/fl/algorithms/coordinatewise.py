@@ -7,21 +7,18 @@ Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from shardpar.fl.algorithms.local import local_sgd
-from shardpar.fl.algorithms.plain import Plain, moved
-from shardpar.fl.examples import Examples
-from shardpar.fl.task import Task
+from shardpar.fl.algorithms.plain import Robust, moved
 
 Tree = Any
 
 
 @dataclass(frozen=True)
-class Coordinatewise(Plain):
+class Coordinatewise(Robust):
     """The server moves by the median, or a trimmed mean, of each coordinate over the clients.
 
     Attributes:
@@ -37,17 +34,6 @@ class Coordinatewise(Plain):
     learning_rate: float = 0.1
     server_learning_rate: float = 1.0
     momentum: float = 0.0
-    aggregate: ClassVar[Literal["sum", "each"]] = "each"
-
-    def client(
-        self, task: Task, broadcast: Tree, kept: Tree, examples: Examples
-    ) -> tuple[Tree, Tree]:
-        """Local SGD; sends the difference as it is."""
-        start = broadcast["params"]
-        trained = local_sgd(
-            task, start, examples, learning_rate=self.learning_rate, momentum=self.momentum
-        )
-        return trained.alone(start), kept
 
     def server(self, state: Tree, total: Tree, clients: Any) -> Tree:
         """Moves by the robust mean; updates without examples are not counted."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardpar.fl.algorithms.local import local_sgd
-from shardpar.fl.algorithms.plain import Plain, mean_delta, moved
+from shardpar.fl.algorithms.plain import Plain
 from shardpar.fl.examples import Examples
 from shardpar.fl.task import Params, Task
 
@@ -46,8 +46,3 @@ class Ditto(Plain):
         trained = local_sgd(task, start, examples, **rates)
         own = local_sgd(task, kept["params"], examples, **rates, pull=self.mu, towards=start)
         return trained.sums(start), {"params": own.params}
-
-    def server(self, state: Tree, total: Tree, clients: Any) -> Tree:
-        """Moves by the weighted mean; a round without weight changes nothing."""
-        params = moved(state["params"], mean_delta(total), self.server_learning_rate)
-        return {**state, "params": params}

@@ -9,10 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from shardpar.fl.algorithms.local import local_sgd
-from shardpar.fl.algorithms.plain import Plain, mean_delta, moved
-from shardpar.fl.examples import Examples
-from shardpar.fl.task import Task
+from shardpar.fl.algorithms.plain import Plain
 
 Tree = Any
 
@@ -30,18 +27,3 @@ class FedAvg(Plain):
     learning_rate: float = 0.1
     server_learning_rate: float = 1.0
     momentum: float = 0.0
-
-    def client(
-        self, task: Task, broadcast: Tree, kept: Tree, examples: Examples
-    ) -> tuple[Tree, Tree]:
-        """Local SGD; sends the difference times the number of examples."""
-        start = broadcast["params"]
-        trained = local_sgd(
-            task, start, examples, learning_rate=self.learning_rate, momentum=self.momentum
-        )
-        return trained.sums(start), kept
-
-    def server(self, state: Tree, total: Tree, clients: Any) -> Tree:
-        """Moves by the weighted mean; a round without weight changes nothing."""
-        params = moved(state["params"], mean_delta(total), self.server_learning_rate)
-        return {**state, "params": params}

@@ -12,10 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shardpar.fl.algorithms.local import local_sgd
 from shardpar.fl.algorithms.plain import Plain, mean_delta, moved
-from shardpar.fl.examples import Examples
-from shardpar.fl.task import Params, Task
+from shardpar.fl.task import Params
 
 Tree = Any
 
@@ -39,16 +37,6 @@ class FedAvgM(Plain):
     def server_init(self, params: Params) -> Tree:
         """The global model, and no velocity yet."""
         return {"params": params, "velocity": jax.tree.map(jnp.zeros_like, params)}
-
-    def client(
-        self, task: Task, broadcast: Tree, kept: Tree, examples: Examples
-    ) -> tuple[Tree, Tree]:
-        """Local SGD; sends the difference times the number of examples."""
-        start = broadcast["params"]
-        trained = local_sgd(
-            task, start, examples, learning_rate=self.learning_rate, momentum=self.momentum
-        )
-        return trained.sums(start), kept
 
     def server(self, state: Tree, total: Tree, clients: Any) -> Tree:
         """Adds the weighted mean to the velocity and moves by it."""

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shardpar.fl.algorithms.local import local_sgd
 from shardpar.fl.algorithms.plain import Plain, moved
 from shardpar.fl.examples import Examples
 from shardpar.fl.task import Task
@@ -43,12 +42,9 @@ class FedBuff(Plain):
         self, task: Task, broadcast: Tree, kept: Tree, examples: Examples
     ) -> tuple[Tree, Tree]:
         """Local SGD from the model it was sent; sends the difference as it is."""
-        start = broadcast["params"]
-        trained = local_sgd(
-            task, start, examples, learning_rate=self.learning_rate, momentum=self.momentum
-        )
+        trained = self.trained(task, broadcast, examples)
         present = (trained.weight > 0).astype(jnp.float32)
-        return {**trained.alone(start), "participants": present}, kept
+        return {**trained.alone(broadcast["params"]), "participants": present}, kept
 
     def discounted(self, sent: Tree, staleness: Any) -> Tree:
         """An update that was computed so many server steps ago, as it goes into the buffer."""

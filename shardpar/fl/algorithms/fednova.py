@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from shardpar.fl.algorithms.local import local_sgd
 from shardpar.fl.algorithms.plain import Plain, moved
 from shardpar.fl.examples import Examples
 from shardpar.fl.task import Task
@@ -38,10 +37,7 @@ class FedNova(Plain):
         self, task: Task, broadcast: Tree, kept: Tree, examples: Examples
     ) -> tuple[Tree, Tree]:
         """Local SGD; sends the difference per unit of gradient, and how many units there were."""
-        start = broadcast["params"]
-        trained = local_sgd(
-            task, start, examples, learning_rate=self.learning_rate, momentum=self.momentum
-        )
+        start, trained = broadcast["params"], self.trained(task, broadcast, examples)
         units = self._units(trained.steps)
         scale = trained.weight / jnp.maximum(units, 1.0)
         delta = jax.tree.map(lambda new, old: scale * (new - old), trained.params, start)

@@ -12,10 +12,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from shardpar.fl.algorithms.local import local_sgd
 from shardpar.fl.algorithms.plain import Plain, mean_delta
-from shardpar.fl.examples import Examples
-from shardpar.fl.task import Params, Task
+from shardpar.fl.task import Params
 
 Tree = Any
 
@@ -49,16 +47,6 @@ class FedOpt(Plain):
             "first": jax.tree.map(jnp.zeros_like, params),
             "second": jax.tree.map(lambda p: jnp.full_like(p, self.tau**2), params),
         }
-
-    def client(
-        self, task: Task, broadcast: Tree, kept: Tree, examples: Examples
-    ) -> tuple[Tree, Tree]:
-        """Local SGD; sends the difference times the number of examples."""
-        start = broadcast["params"]
-        trained = local_sgd(
-            task, start, examples, learning_rate=self.learning_rate, momentum=self.momentum
-        )
-        return trained.sums(start), kept
 
     def server(self, state: Tree, total: Tree, clients: Any) -> Tree:
         """One adaptive step along the weighted mean; moments live on in a round without weight."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shardpar.fl.algorithms.local import local_sgd
-from shardpar.fl.algorithms.plain import Plain, mean_delta, moved
+from shardpar.fl.algorithms.plain import Plain
 from shardpar.fl.examples import Examples
 from shardpar.fl.task import Task
 
@@ -46,8 +46,3 @@ class FedProx(Plain):
             pull=self.mu,
         )
         return trained.sums(start), kept
-
-    def server(self, state: Tree, total: Tree, clients: Any) -> Tree:
-        """Moves by the weighted mean; a round without weight changes nothing."""
-        params = moved(state["params"], mean_delta(total), self.server_learning_rate)
-        return {**state, "params": params}

@@ -7,21 +7,19 @@ section 4. The server must see every update.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from shardpar.fl.algorithms.local import local_sgd
-from shardpar.fl.algorithms.plain import Plain, moved
-from shardpar.fl.examples import Examples
-from shardpar.fl.task import Params, Task
+from shardpar.fl.algorithms.plain import Robust, moved
+from shardpar.fl.task import Params
 
 Tree = Any
 
 
 @dataclass(frozen=True)
-class Krum(Plain):
+class Krum(Robust):
     """The server moves by the mean of the `chosen` updates with the lowest scores.
 
     An update's score is the sum of its squared distances to the n - byzantine - 2 nearest others
@@ -40,17 +38,6 @@ class Krum(Plain):
     learning_rate: float = 0.1
     server_learning_rate: float = 1.0
     momentum: float = 0.0
-    aggregate: ClassVar[Literal["sum", "each"]] = "each"
-
-    def client(
-        self, task: Task, broadcast: Tree, kept: Tree, examples: Examples
-    ) -> tuple[Tree, Tree]:
-        """Local SGD; sends the difference as it is."""
-        start = broadcast["params"]
-        trained = local_sgd(
-            task, start, examples, learning_rate=self.learning_rate, momentum=self.momentum
-        )
-        return trained.alone(start), kept
 
     def server(self, state: Tree, total: Tree, clients: Any) -> Tree:
         """Moves by the mean of the believed updates; those without examples are not counted."""
