@@ -47,8 +47,8 @@ class MLP(nnx.Module):
         widths = (options.inputs, *options.hidden, options.classes)
         self.layers = nnx.List(
             [
-                Dense(i, o, rngs, (2 / i) ** 0.5)
-                for i, o in zip(widths[:-1], widths[1:], strict=True)
+                Dense(widths[i], widths[i + 1], rngs, (2 / widths[i]) ** 0.5)
+                for i in range(len(widths) - 1)
             ]
         )
 

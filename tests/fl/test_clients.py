@@ -115,4 +115,4 @@ def test_a_model_that_keeps_statistics_of_its_batches_is_refused():
             self.norm = nnx.BatchNorm(3, rngs=rngs)
 
     with pytest.raises(CaptureError, match="LayerNorm"):
-        Task.of(lambda rngs: Normed(rngs), lambda model, batch: (jnp.float32(0), jnp.float32(0)))
+        Task.of(Normed, lambda model, batch: (jnp.float32(0), jnp.float32(0)))
