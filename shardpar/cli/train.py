@@ -10,7 +10,7 @@ import typer
 
 from shardpar.cli.arguments import ConfigAndOverrides, Devices, Json, PlanFile, read_any_config
 from shardpar.cli.later import later
-from shardpar.config.schema import SparseConfig
+from shardpar.config.schema import NodesConfig, SparseConfig
 from shardpar.errors import UserError
 from shardpar.run.rendezvous import find
 from shardpar.run.supervised import STANDBY, wait_for_turn
@@ -85,6 +85,8 @@ def train(
 
         shardpar train configs/deepfm.gin data.path=train.ffm data.eval_path=test.ffm
 
+        shardpar train configs/node2vec.gin data.path=edges.txt data.format=edges
+
         shardpar train configs/gpt.gin --coordinator node1:1234 --processes 2 --process 0
     """
     ahead = None
@@ -115,6 +117,7 @@ def train(
             _refuse_for_tables(supervise, where is not None, plan)
             later("sparse_training").train(tables, resume, devices, json=json, dry_run=dry_run)
             return
+        later("node_training").refuse_stored(resume)
         if supervise:
             stored, name = later("supervising").stored_config(resume, config or ())
             code = later("supervising").supervise(
@@ -131,6 +134,10 @@ def train(
     if isinstance(loaded, SparseConfig):
         _refuse_for_tables(supervise, where is not None, plan)
         later("sparse_training").train(loaded, name, devices, json=json, dry_run=dry_run)
+        return
+    if isinstance(loaded, NodesConfig):
+        _refuse_for_tables(supervise, where is not None, plan)
+        later("node_training").train(loaded, name, devices, json=json, dry_run=dry_run)
         return
     if supervise:
         code = later("supervising").supervise(

@@ -36,6 +36,8 @@ _PATHS = (
     "buckets.plans",
 )  # fmt: skip
 _PATTERNS = ("data.path", "data.eval_path")
+_BUNDLED_DATA = ("sklearn", "networkx")
+"""Formats whose data.path names what a library carries, and no file."""
 
 Hints = Mapping[str, Mapping[str, Any]]
 
@@ -90,8 +92,8 @@ def load(
     config = load_any(path, overrides, find_files=find_files)
     if not isinstance(config, RunConfig):
         raise ConfigError(
-            f"{path or 'the config'}: model.source={config.model.source} trains tables and has no "
-            "plan; `shardpar train` takes it, this does not"
+            f"{path or 'the config'}: model.source={config.model.source} has tables or vectors "
+            "of nodes and no plan; `shardpar train` takes it, this does not"
         )
     return config
 
@@ -263,7 +265,7 @@ def _find_files(findings: _Findings) -> None:
         if written is not None:
             place = findings.places[name]
             folder, patterns = _folder(place), name in _PATTERNS
-            if findings.values.get("data", {}).get("format") == "sklearn" and patterns:
+            if findings.values.get("data", {}).get("format") in _BUNDLED_DATA and patterns:
                 continue
             try:
                 found = (

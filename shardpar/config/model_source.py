@@ -109,8 +109,8 @@ def read_model_options(path: Path) -> ModelOptions:
     line: int | None = None
     try:
         tree = ast.parse(path.read_bytes(), str(path))
-        lifted = lift_options(tree)
         trains = _trains(tree)
+        lifted = lift_options(tree, trains)
         line = lifted.line
         cls, hints = _run(lifted, path)
     except OSError as error:

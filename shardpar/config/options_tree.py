@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-_CONTRACT = {"build": "(options, rngs)", "loss": "(model, batch)"}
+_BATCHES = {"build": "(options, rngs)", "loss": "(model, batch)"}
+_CONTRACTS = {"nodes": {"fit": "(options, nodes, sources, targets, weights)"}}
 _Function = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -41,18 +42,19 @@ class ModelFileError(ValueError):
         self.line = line
 
 
-def lift_options(tree: ast.Module) -> LiftedOptions:
+def lift_options(tree: ast.Module, trains: str = "plan") -> LiftedOptions:
     """Finds the options class of a model file and everything it is made from.
 
     Args:
       tree: the parsed file.
+      trains: what such a model is trained by, which says what functions it must have.
 
     Returns:
       The class and the statements it needs.
 
     Raises:
       ModelFileError: there is not exactly one options class, it needs a foreign import, or
-        `build` or `loss` is missing or takes other arguments.
+        a function, such as `build` or `loss`, is missing or takes other arguments.
 
     >>> source = '''
     ... import dataclasses, jax
@@ -77,7 +79,7 @@ def lift_options(tree: ast.Module) -> LiftedOptions:
     for statement in body:
         for name in _bound_names(statement):
             definers.setdefault(name, []).append(statement)
-    for name, arguments in _CONTRACT.items():
+    for name, arguments in _CONTRACTS.get(trains, _BATCHES).items():
         if name in definers:
             _check_signature(definers[name][-1], name, arguments)
         elif "*" not in definers:
@@ -151,9 +153,11 @@ def _check_signature(statement: ast.stmt, name: str, arguments: str) -> None:
     positional = len(spec.posonlyargs) + len(spec.args)
     required = positional - len(spec.defaults)
     keywords_required = any(default is None for default in spec.kw_defaults)
-    if required > 2 or (positional < 2 and spec.vararg is None) or keywords_required:
+    given = arguments.count(",") + 1
+    if required > given or (positional < given and spec.vararg is None) or keywords_required:
+        count = {2: "two", 5: "five"}[given]
         raise ModelFileError(
-            f"`{name}` must take two arguments: write `def {name}{arguments}: ...`",
+            f"`{name}` must take {count} arguments: write `def {name}{arguments}: ...`",
             statement.lineno,
         )
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shardpar.config.schema import AnyConfig, RunConfig, SparseConfig
+from shardpar.config.schema import AnyConfig, NodesConfig, RunConfig, SparseConfig
 
 _BYTE_VOCABULARY = 256
 _PINS = (
@@ -51,6 +51,8 @@ def check(config: AnyConfig) -> tuple[Conflict, ...]:
     """
     if isinstance(config, SparseConfig):
         return tuple(_table_rules(config))
+    if isinstance(config, NodesConfig):
+        return tuple(_node_rules(config))
     rules = (
         _data_rules, _bucket_rules, _model_rules, _schedule_rules, _train_rules, _plan_rules,
     )  # fmt: skip
@@ -88,6 +90,33 @@ def _table_rules(config: SparseConfig) -> Iterator[Conflict]:
             ("data.path", "data.format"),
             "data.path is set but data.format is 'clicks', which is generated; write "
             "data.format=auto, or the format of the file",
+        )
+
+
+def _node_rules(config: NodesConfig) -> Iterator[Conflict]:
+    data = config.data
+    keys = ("data.path", "data.format")
+    if data.format == "planted" and data.path is not None:
+        yield Conflict(
+            keys,
+            "data.path is set but data.format is 'planted', which is generated; write "
+            "data.format=edges for a file of edges",
+        )
+    if data.format == "edges" and data.path is None:
+        yield Conflict(
+            keys, "data.format is 'edges' but data.path is not set; write data.path=FILE"
+        )
+    if data.format == "networkx" and data.path is None:
+        yield Conflict(
+            keys,
+            "data.format is 'networkx' but data.path does not say which graph; write "
+            "data.path=karate_club, for example",
+        )
+    if data.format == "planted" and data.nodes < 2 * data.groups:
+        yield Conflict(
+            ("data.groups", "data.nodes"),
+            f"data.nodes ({data.nodes}) in data.groups ({data.groups}) leave less than two nodes "
+            f"to a group; write data.nodes={2 * data.groups} or more",
         )
 
 

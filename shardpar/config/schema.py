@@ -9,6 +9,7 @@ from shardpar.config.values import Plain
 from shardpar.lowering.options import ProgramOptions
 from shardpar.planner.options import ReplanOptions, SearchOptions, StragglerOptions
 from shardpar.ps.data.options import SparseDataOptions
+from shardpar.ps.graph.options import NodeDataOptions, NodeTrainOptions
 from shardpar.ps.options import DenseOptions, SparseTrainOptions, TableOptions
 from shardpar.run.options import CheckpointOptions, SuperviseOptions
 from shardpar.train.options import (
@@ -75,9 +76,22 @@ class SparseConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
 
-AnyConfig = RunConfig | SparseConfig
+@dataclass(frozen=True)
+class NodesConfig:
+    """All of a run that learns vectors of a graph's nodes: TRAINS = "nodes"."""
 
-CONFIGS: dict[str, type[AnyConfig]] = {"plan": RunConfig, "tables": SparseConfig}
+    model: ModelConfig = field(default_factory=lambda: ModelConfig("node2vec"))
+    data: NodeDataOptions = field(default_factory=NodeDataOptions)
+    train: NodeTrainOptions = field(default_factory=NodeTrainOptions)
+
+
+AnyConfig = RunConfig | SparseConfig | NodesConfig
+
+CONFIGS: dict[str, type[AnyConfig]] = {
+    "plan": RunConfig,
+    "tables": SparseConfig,
+    "nodes": NodesConfig,
+}
 """By what a model file says it TRAINS; one that says nothing is planned."""
 
 

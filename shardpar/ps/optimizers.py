@@ -149,8 +149,9 @@ class LazyAdam(RowOptimizer):
 class FTRL(RowOptimizer):
     """Follow the regularised leader, proximal: weights with few bits of evidence stay 0.
 
-    McMahan et al., "Ad Click Prediction: a View from the Trenches", 2013. The row follows
-    from the slots z and n, so its first value must be 0 unless z says otherwise.
+    McMahan et al., "Ad Click Prediction: a View from the Trenches", 2013. A row follows from
+    the slots z and n. Where a row does not begin at 0, as factors do not, z begins with what
+    the row follows from: from 0 they would all be back at 0, and stay, after one step.
 
     >>> import jax.numpy as jnp
     >>> rule = FTRL(alpha=1.0, l1=1.0, l2=0.0)
@@ -175,6 +176,8 @@ class FTRL(RowOptimizer):
         z, n = slots
         alpha = self.alpha * rate
         total = n + gradient * gradient
+        begin = -(self.beta / alpha + self.l2) * rows - self.l1 * jnp.sign(rows)
+        z = jnp.where(n == 0, begin, z)
         z = z + gradient - (jnp.sqrt(total) - jnp.sqrt(n)) / alpha * rows
         strength = (self.beta + jnp.sqrt(total)) / alpha + self.l2
         kept = jnp.sign(z) * jnp.maximum(jnp.abs(z) - self.l1, 0.0)

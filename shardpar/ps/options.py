@@ -26,7 +26,8 @@ class TableOptions:
       b1: for adam.
       b2: for adam.
       eps: for adagrad, rowwise_adagrad and adam; null takes the rule's own.
-      beta: for ftrl.
+      beta: for ftrl: the larger, the slower rows begin. The paper's 1 is for gradients of single
+        samples; here they are of a batch's mean, about a thousandth of that.
       l1: for ftrl: weights with less evidence than this stay 0.
       l2: for ftrl.
       placement: rows dealt over all devices, columns cut over all of them, whole tables on
@@ -48,7 +49,7 @@ class TableOptions:
     b1: Share = 0.9
     b2: Share = 0.999
     eps: Rate | None = None
-    beta: Annotated[float, Meta(ge=0.0)] = 1.0
+    beta: Annotated[float, Meta(ge=0.0)] = 0.001
     l1: Annotated[float, Meta(ge=0.0)] = 0.0
     l2: Annotated[float, Meta(ge=0.0)] = 0.0
     placement: Literal["auto", "rows", "columns", "replicated"] = "auto"

@@ -15,7 +15,7 @@ from typing import Any
 import shardpar
 from shardpar.config.bundled import bundled_models
 from shardpar.config.model_source import read_model_options
-from shardpar.config.schema import SparseConfig, field_hints, section_classes
+from shardpar.config.schema import NodesConfig, SparseConfig, field_hints, section_classes
 from shardpar.config.values import allowed, show
 
 ROOT = Path(__file__).parents[2]
@@ -36,13 +36,14 @@ def tables() -> dict[Path, dict[str, str]]:
         REFERENCE / "tables.md": {
             f"options {name}": _model(path)
             for name, path in bundled_models().items()
-            if read_model_options(path).trains == "tables"
+            if read_model_options(path).trains in ("tables", "nodes")
         }
         | {
             f"tables {name}": _section(cls)
             for name, cls in section_classes(SparseConfig).items()
             if name != "checkpoint"
-        },
+        }
+        | {f"nodes {name}": _section(cls) for name, cls in section_classes(NodesConfig).items()},
         REFERENCE / "cli.md": {
             f"options {name}": _command(command) for name, command in _commands().items()
         },

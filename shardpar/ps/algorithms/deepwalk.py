@@ -7,16 +7,20 @@ negative sampling in the place of its hierarchical softmax, as all its successor
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import jax
+from msgspec import Meta
 
 from shardpar.ps.algorithms import node2vec
 from shardpar.ps.algorithms.embeddings import NodeEmbeddings, Progress, quiet
 from shardpar.ps.algorithms.node2vec import Node2VecOptions
-from shardpar.ps.algorithms.word2vec import Word2VecOptions
 from shardpar.ps.placement import Placement
+
+TRAINS = "nodes"
+
+Positive = Annotated[int, Meta(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -27,23 +31,27 @@ class DeepWalkOptions:
       length: nodes of a walk.
       walks_per_node: in each pass.
       directed: edges are walked from source to target only.
-      model: of the vectors.
+      dim, window, negatives, passes: of the skip-gram model, as in node2vec.
+      learning_rate, batch_tokens: of its steps, as in node2vec.
 
-    >>> DeepWalkOptions(length=5).as_node2vec.walks
-    WalkOptions(length=5, per_node=10, p=1.0, q=1.0, directed=False)
+    >>> as_node2vec(DeepWalkOptions(length=5)).length
+    5
     """
 
-    length: int = 40
-    walks_per_node: int = 10
+    length: Positive = 40
+    walks_per_node: Positive = 10
     directed: bool = False
-    model: Word2VecOptions = field(default_factory=Word2VecOptions)
+    dim: Positive = 128
+    window: Positive = 5
+    negatives: Positive = 5
+    passes: Positive = 1
+    learning_rate: Annotated[float, Meta(gt=0.0)] = 0.05
+    batch_tokens: Positive | None = None
 
-    @property
-    def as_node2vec(self) -> Node2VecOptions:
-        """Walks of first order are those of second order that do not care where they were."""
-        return Node2VecOptions(
-            self.length, self.walks_per_node, directed=self.directed, model=self.model
-        )
+
+def as_node2vec(options: DeepWalkOptions) -> Node2VecOptions:
+    """Walks of first order are those of second order that do not care where they were."""
+    return Node2VecOptions(**vars(options), p=1.0, q=1.0)
 
 
 def fit(
@@ -69,13 +77,13 @@ def fit(
       seed: of everything random.
       devices: None takes all.
       placement: of the tables; None deals their rows over all devices.
-      progress: called now and then with tokens done, of how many, and the loss of late.
+      progress: called now and then with steps done, of how many, and the loss of late.
 
     Raises:
       DataError: an edge names no node, or a weight is not positive.
     """
     return node2vec.fit(
-        options.as_node2vec,
+        as_node2vec(options),
         nodes,
         sources,
         targets,

@@ -8,15 +8,15 @@ beside those of nodes. Edges are drawn by weight, so that all steps are of one s
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from msgspec import Meta
 
-from shardpar.errors import ConfigError
 from shardpar.ps.algorithms.alias import AliasTables, alias_tables
 from shardpar.ps.algorithms.embeddings import NodeEmbeddings, Progress, quiet
 from shardpar.ps.algorithms.lookup_program import (
@@ -29,11 +29,15 @@ from shardpar.ps.algorithms.lookup_program import (
 )
 from shardpar.ps.algorithms.walks import checked_edges
 from shardpar.ps.initializers import Uniform, Zeros
-from shardpar.ps.optimizers import RowOptimizer, RowWiseAdaGrad
+from shardpar.ps.optimizers import RowWiseAdaGrad
 from shardpar.ps.placement import Placement
 from shardpar.ps.table import Table
 
+TRAINS = "nodes"
+
 Order = Literal["first", "second", "both"]
+Positive = Annotated[int, Meta(ge=1)]
+Rate = Annotated[float, Meta(gt=0.0)]
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class LineOptions:
       order: "first", "second", or "both", side by side, each of length 1.
       samples_per_edge: how often an edge of mean weight is drawn.
       negatives: of each edge.
-      optimizer: of the tables. Gradients of a step are summed, not averaged.
+      learning_rate: of row-wise AdaGrad. Gradients of a step are summed, not averaged.
       last_rate: the learning rate falls in a line to this share of itself.
       directed: an edge says something about its source only.
       power: negatives are drawn by degree to this power.
@@ -54,29 +58,29 @@ class LineOptions:
       shared: negatives that a block shares.
     """
 
-    dim: int = 128
+    dim: Positive = 128
     order: Order = "both"
-    samples_per_edge: float = 100.0
-    negatives: int = 5
-    optimizer: RowOptimizer = field(default_factory=lambda: RowWiseAdaGrad(0.05))
-    last_rate: float = 0.004
+    samples_per_edge: Rate = 100.0
+    negatives: Positive = 5
+    learning_rate: Rate = 0.05
+    last_rate: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.004
     directed: bool = False
-    power: float = 0.75
-    batch_edges: int | None = None
-    block: int = 32
-    shared: int = 16
+    power: Annotated[float, Meta(ge=0.0)] = 0.75
+    batch_edges: Positive | None = None
+    block: Positive = 32
+    shared: Positive = 16
 
     def __post_init__(self) -> None:
         if self.order not in ("first", "second", "both"):
-            raise ConfigError(f"LINE is of order 'first', 'second' or 'both', not {self.order!r}")
+            raise ValueError(f"LINE is of order 'first', 'second' or 'both', not {self.order!r}")
         if self.dim < 1 or (self.order == "both" and self.dim % 2):
-            raise ConfigError(f"dim {self.dim} of LINE is not shared by both orders: make it even")
+            raise ValueError(f"dim {self.dim} of LINE is not shared by both orders: make it even")
         for name in ("negatives", "block", "shared", "batch_edges"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} of LINE is at least 1, not {value}")
+                raise ValueError(f"{name} of LINE is at least 1, not {value}")
         if not self.samples_per_edge > 0:
-            raise ConfigError(f"samples_per_edge is above 0, not {self.samples_per_edge}")
+            raise ValueError(f"samples_per_edge is above 0, not {self.samples_per_edge}")
 
 
 def edge_loss(negatives: int) -> Formula:
@@ -141,12 +145,20 @@ def fit(
     edges = checked_edges(nodes, sources, targets, weights)
     devices = tuple(jax.devices() if devices is None else devices)
     orders = ("first", "second") if options.order == "both" else (options.order,)
-    parts, losses = [], []
+    parts: list[np.ndarray] = []
+    losses = []
     for order in orders:
         program, steps = _program(options, order, nodes, edges, devices, placement)
+        before, all_steps = len(parts) * steps, len(orders) * steps
+
+        def seen(
+            done: int, _of: int, loss: float, before: int = before, of: int = all_steps
+        ) -> None:
+            progress(before + done, of, loss)
+
         random = np.random.default_rng((seed, 4, orders.index(order)))
         stream = _batches(options, nodes, edges, _blocks(options, nodes, devices), steps, random)
-        states, (loss,) = trained(program, seed, [stream], steps, progress)
+        states, (loss,) = trained(program, seed, [stream], steps, seen)
         vectors = program.tables[0].whole(states[0])[0]
         if len(orders) == 2:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -175,9 +187,10 @@ def _program(
     dim = options.dim // (2 if options.order == "both" else 1)
     size = _blocks(options, nodes, devices) * options.block
     steps = max(1, round(options.samples_per_edge * len(edges[0]) / size))
-    tables = [Table(nodes, dim, options.optimizer, Uniform(0.5 / dim))]
+    rule = RowWiseAdaGrad(options.learning_rate)
+    tables = [Table(nodes, dim, rule, Uniform(0.5 / dim))]
     if order == "second":
-        tables.append(Table(nodes, dim, options.optimizer, Zeros()))
+        tables.append(Table(nodes, dim, rule, Zeros()))
     other = len(tables) - 1
     program = LookupProgram(
         tables,

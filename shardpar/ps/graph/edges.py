@@ -38,6 +38,21 @@ _BAD_LINES_KEPT = 5
 
 
 @dataclass(frozen=True)
+class Spelling:
+    """How a user writes what messages advise.
+
+    Attributes:
+      as_text: to read nodes as text.
+      unweighted: to leave weights out.
+      bad_share: to allow bad lines, with the share to follow.
+    """
+
+    as_text: str = "--ids string"
+    unweighted: str = "--unweighted"
+    bad_share: str = "--bad-share "
+
+
+@dataclass(frozen=True)
 class EdgeOptions:
     """How an edge list is read.
 
@@ -47,12 +62,14 @@ class EdgeOptions:
       weighted: the third column is the edge's weight; None decides by the first lines.
       bad_share: more lines than this share of all may not be bad, 0 to 1.
       chunk_bytes: how much is parsed at a time.
+      spelling: of advice.
     """
 
     ids: Ids | None = None
     weighted: bool | None = None
     bad_share: float = 0.0
     chunk_bytes: int = 1 << 24
+    spelling: Spelling = Spelling()
 
 
 @dataclass(frozen=True)
@@ -149,17 +166,20 @@ def _said(path: Any, bad: BadLine) -> str:
 def _too_bad(
     path: Any, bad: list[BadLine], num_bad: int, num_lines: int | None, options: EdgeOptions
 ) -> str:
-    hint = ""
+    hint, written = "", options.spelling
     if "64 bits" in bad[0].reason or "not an integer" in bad[0].reason:
-        hint = "read nodes as text with --ids string, or "
+        hint = f"read nodes as text with {written.as_text}, or "
     if "weight" in bad[0].reason:
-        hint = "leave weights out with --unweighted, or "
+        hint = f"leave weights out with {written.unweighted}, or "
     if num_lines is None:
-        return f"{_said(path, bad[0])}\n  mend it, {hint}leave bad lines out with --bad-share 0.01"
+        return (
+            f"{_said(path, bad[0])}\n  mend it, {hint}leave bad lines out with "
+            f"{written.bad_share}0.01"
+        )
     shown = "".join(f"\n  {_said(path, line)}" for line in bad)
     return (
         f"{path}: {num_bad} of {num_lines} lines are no edges, "
-        f"and --bad-share {options.bad_share:g} allows "
+        f"and {written.bad_share}{options.bad_share:g} allows "
         f"{int(options.bad_share * num_lines)}; mend them, {hint}allow more:{shown}"
     )
 

@@ -10,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from scipy.optimize import minimize
+from scipy.special import huber
 
 from shardpar import ps
 from shardpar.ps.algorithms import dcn, deepfm, ffm, fm, linear, softmax, wide_deep
@@ -130,6 +132,13 @@ def test_cross_layers_multiply_the_first_input_in_again() -> None:
 
 
 def learned(file: Any, options: Any, given: dict[str, np.ndarray], rate: float = 1.0) -> Any:
+    program, state = after_steps(file, options, given, rate, 400)
+    return np.asarray(program.apply(state, given, file.predict))
+
+
+def after_steps(
+    file: Any, options: Any, given: dict[str, np.ndarray], rate: float, steps: int
+) -> Any:
     program = ps.SparseProgram(
         file.loss,
         lambda rngs: with_rule(file.build(options, rngs), ps.SGD(rate)),
@@ -138,9 +147,9 @@ def learned(file: Any, options: Any, given: dict[str, np.ndarray], rate: float =
         devices=jax.devices()[:1],
     )
     state = program.init(0)
-    for _ in range(400):
+    for _ in range(steps):
         state, _ = program.step(state, given)
-    return np.asarray(program.apply(state, given, file.predict))
+    return program, state
 
 
 def samples(classes: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -171,6 +180,83 @@ def test_probabilities_become_those_of_scikit_learns_logistic_regression(
     model = regression.LogisticRegression(C=np.inf, tol=1e-8, max_iter=2000)
     want = model.fit(matrix, given["labels"]).predict_proba(matrix)
     np.testing.assert_allclose(found, want[:, 1] if classes == 2 else want, atol=2e-3)
+
+
+def test_hinge_loss_finds_the_support_vector_machine_of_scikit_learn() -> None:
+    svm = pytest.importorskip("sklearn.svm")
+    given, matrix = samples(2)
+    l2 = 0.05
+    options = linear.LinearOptions(rows=12, loss="hinge", l2=l2)
+    program, state = after_steps(linear, options, given, 0.05, 2000)
+    found = np.asarray(program.apply(state, given, linear.predict))
+    (name,) = program.tables
+    weights = program.tables[name].whole(state.tables[name])[0][:, 0]
+    # Each sample pulls at its own features: in columns scaled by how frequent they are, evenly.
+    scale = np.sqrt(matrix.sum(0))
+    signs = np.where(given["labels"] > 0, 1.0, -1.0)
+    model = svm.SVC(kernel="linear", C=1 / l2, tol=1e-8).fit(matrix / scale, signs)
+
+    def cost(scores: np.ndarray, scaled: np.ndarray) -> float:
+        return np.maximum(0, 1 - signs * scores).sum() + 0.5 * l2 * (scaled**2).sum()
+
+    best = cost(model.decision_function(matrix / scale), model.coef_)
+    assert best <= cost(found, weights * scale) < best * 1.01
+    assert cost(0 * found, 0 * weights) > best * 1.5
+
+
+def test_huber_loss_finds_its_minimum_beside_outliers() -> None:
+    given, matrix = samples(2)
+    given["labels"][:10] += 30
+    options = linear.LinearOptions(rows=12, loss="huber", huber_delta=0.7)
+    found = learned(linear, options, given)
+    with_one = np.concatenate([matrix, np.ones((120, 1))], axis=1)
+
+    def cost(weights: np.ndarray) -> float:
+        return huber(0.7, with_one @ weights - given["labels"]).sum()
+
+    best = minimize(cost, np.zeros(13), options={"gtol": 1e-9}).x
+    assert cost(np.linalg.lstsq(with_one, found, rcond=None)[0]) < cost(best) * 1.0001
+    least = with_one @ np.linalg.lstsq(with_one, given["labels"], rcond=None)[0]
+    assert np.abs(found[10:] - given["labels"][10:]).mean() < 0.5
+    assert np.abs(least[10:] - given["labels"][10:]).mean() > 1
+
+
+def test_ftrl_on_a_factorisation_machine_is_that_of_each_coordinate() -> None:
+    """FTRL-proximal in NumPy, over gradients that loops over pairs of features give."""
+    given = samples(2)[0]
+    alpha, beta, l1, l2, steps = 0.3, 0.01, 0.001, 0.1, 6
+    program = ps.SparseProgram(
+        fm.loss,
+        lambda rngs: with_rule(
+            fm.build(fm.FMOptions(rows=12, factors=2, init_std=0.5), rngs),
+            ps.FTRL(alpha, beta, l1, l2),
+        ),
+        optax.sgd(0.0),
+        batch=given,
+        devices=jax.devices()[:1],
+    )
+    state = program.init(0)
+    rows = np.asarray(program.tables["features"].whole(state.tables["features"])[0], np.float64)
+    z = np.where(rows == 0, 0, -(beta / alpha + l2) * rows - l1 * np.sign(rows))
+    n = np.zeros_like(rows)
+    for _ in range(steps):
+        gradient = np.zeros_like(rows)
+        for ids, label in zip(given["ids"], given["labels"], strict=True):
+            score = sum(rows[i, 0] for i in ids)
+            score += sum(rows[i, 1:] @ rows[j, 1:] for i, j in itertools.combinations(ids, 2))
+            slope = (1 / (1 + np.exp(-score)) - label) / len(given["ids"])
+            for i in ids:
+                gradient[i, 0] += slope
+                gradient[i, 1:] += slope * sum(rows[j, 1:] for j in ids if j != i)
+        sigma = (np.sqrt(n + gradient**2) - np.sqrt(n)) / alpha
+        z += gradient - sigma * rows
+        n += gradient**2
+        kept = np.sign(z) * np.maximum(np.abs(z) - l1, 0)
+        rows = -kept / ((beta + np.sqrt(n)) / alpha + l2)
+        state, _ = program.step(state, given)
+    found = program.tables["features"].whole(state.tables["features"])[0]
+    assert np.abs(rows[:, 1:]).min() > 0
+    np.testing.assert_allclose(found, rows, rtol=1e-4, atol=1e-6)
 
 
 def test_squared_loss_finds_the_least_squares() -> None:

@@ -214,8 +214,11 @@ def test_random_bytes_become_a_graph_or_an_error_that_names_the_file(
     assert len(set(graph.names.tolist())) == graph.num_nodes
     # Among bad lines, and one by one, good ones say the same.
     (folder / "edges").write_bytes(content + b"\n\0 \0 \0 \0\n")
-    again = read_edges(folder / "edges", EdgeOptions(**{**options, "bad_share": 1.0}))
-    if again.dialect == found.dialect:
+    again, said = outcome(folder, (folder / "edges").read_bytes(), {**options, "bad_share": 1.0})
+    if again is None:
+        # One line of two decides no longer what separates.
+        assert "its first lines have 1 field" in said
+    elif again.dialect == found.dialect:
         assert named(again.graph) == named(graph)
         assert again.num_bad == found.num_bad + 1
 
