@@ -194,7 +194,7 @@ def test_hinge_loss_finds_the_support_vector_machine_of_scikit_learn() -> None:
     # Each sample pulls at its own features: in columns scaled by how frequent they are, evenly.
     scale = np.sqrt(matrix.sum(0))
     signs = np.where(given["labels"] > 0, 1.0, -1.0)
-    model = svm.SVC(kernel="linear", C=1 / l2, tol=1e-8).fit(matrix / scale, signs)
+    model = svm.SVC(kernel="linear", C=1 / l2, tol=1e-5).fit(matrix / scale, signs)
 
     def cost(scores: np.ndarray, scaled: np.ndarray) -> float:
         return np.maximum(0, 1 - signs * scores).sum() + 0.5 * l2 * (scaled**2).sum()
