@@ -1,8 +1,7 @@
 """What a device does alone in a transfer: packs slices into flat parcels, and puts pieces together.
 
-Both are jitted programs of one device with every index known, so XLA fuses them into plain
-copies. Addends are added in the order of their labels: the result does not depend on who
-sent what when.
+Both are jitted programs of one device, which XLA fuses into plain copies. Addends are added in
+the order of their labels: the result does not depend on who sent what when.
 """
 
 from __future__ import annotations
@@ -266,28 +265,87 @@ def assembly(
         (shape, dtype, tuple(tuple((turned[i], at, box) for i, at, box in a) for a in addends))
         for shape, dtype, addends in recipe
     )
-    run = _assembler(final, None if inputs else device) if final else None
+    run = _assembler(final, device) if final else None
     return Assembly(tuple(kept), tuple(adopted), tuple(made), own, parcels, run)
 
 
-@lru_cache(maxsize=4096)
-def _assembler(recipe: Any, device: jax.Device | None) -> Callable[[list[jax.Array]], Any]:
+@dataclass(frozen=True)
+class _At:
+    """That a slice begins in its parcel where the so-manieth of the program's numbers says."""
+
+    number: int
+
+
+def _assembler(recipe: Any, device: jax.Device) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """Pieces one by one, by programs that pieces share.
+
+    A program of all pieces would be no faster, for each piece is a kernel of its own in it too,
+    but would compile thousands of kernels. Layers are alike: apart from where their slices are in
+    parcels, which the shared programs are told, they need a few dozen.
+    """
+    steps = []
+    for shape, dtype, addends in recipe:
+        which: dict[int, int] = {}
+        starts: list[int] = []
+        alike = tuple(
+            tuple(
+                (which.setdefault(number, len(which)), _as_told(at, box, starts), box)
+                for number, at, box in sources
+            )
+            for sources in addends
+        )
+        program = _piece_program(shape, dtype, alike, None if which else device)
+        steps.append((program, tuple(which), np.array(starts, np.int32)))
+    told = jax.device_put([starts for _, _, starts in steps], device)
+
     def run(inputs: list[jax.Array]) -> list[jax.Array]:
-        return [_piece(inputs, *of_tensor) for of_tensor in recipe]
+        return [
+            program([inputs[i] for i in which], starts)
+            for (program, which, _), starts in zip(steps, told, strict=True)
+        ]
+
+    return run
+
+
+def _as_told(at: Any, box: Box, starts: list[int]) -> Any:
+    """Where a slice is: by a number that the program is told, if it fits into one."""
+    if not isinstance(at, int) or at + math.prod(size for _, size in box) >= 1 << 31:
+        return at
+    starts.append(at)
+    return _At(len(starts) - 1)
+
+
+@lru_cache(maxsize=4096)
+def _piece_program(
+    shape: tuple[int, ...], dtype: str, addends: Any, device: jax.Device | None
+) -> Callable[[list[jax.Array], jax.Array], jax.Array]:
+    def run(inputs: list[jax.Array], starts: jax.Array) -> jax.Array:
+        return _piece(inputs, starts, shape, dtype, addends)
 
     if device is None:
         return jax.jit(run)
     return jax.jit(run, out_shardings=jax.sharding.SingleDeviceSharding(device))
 
 
-def _piece(inputs: list[jax.Array], shape: tuple[int, ...], dtype: str, addends: Any) -> jax.Array:
+def _piece(
+    inputs: list[jax.Array],
+    starts: jax.Array,
+    shape: tuple[int, ...],
+    dtype: str,
+    addends: Any,
+) -> jax.Array:
     total: jax.Array | None = None
     for sources in addends:
         part = jnp.zeros(shape, dtype)
         for number, where, box in sources:
             sizes = tuple(size for _, size in box)
-            if isinstance(where, int):
-                flat = inputs[number].reshape(-1)[where : where + math.prod(sizes)]
+            if isinstance(where, int | _At):
+                flat = inputs[number].reshape(-1)
+                length = math.prod(sizes)
+                if isinstance(where, _At):
+                    flat = jax.lax.dynamic_slice_in_dim(flat, starts[where.number], length)
+                else:
+                    flat = flat[where : where + length]
                 value = _unbits(flat, dtype).reshape(sizes)
             else:
                 value = _cut(inputs[number], where)
