@@ -29,7 +29,7 @@ from tests.fl.federation import Federation, play
 from tests.fl.test_event_clock import by_moments
 from tests.fl.test_simulate import DATA, INPUTS, LABELS, MLP, ONE, RATE, joined, numpy_sgd
 
-OPTIONS = {"rounds": 3, "epochs": 2, "batch": 16, "learning_rate": RATE, "seed": 7}
+OPTIONS = {"rounds": 2, "epochs": 2, "batch": 16, "learning_rate": RATE, "seed": 7}
 MASKED = SecAggOptions(enabled=True, clip=2.0, most_weight=400.0)
 
 
@@ -82,13 +82,13 @@ def require_equal(found, wanted):
 
 @pytest.mark.parametrize("algorithm", ["ditto"])
 def test_plain_rounds_are_those_of_parties_bit_for_bit(task, algorithm):
-    options = FederatedOptions(algorithm=algorithm, cohort=5, momentum=0.5, **OPTIONS)
+    options = FederatedOptions(algorithm=algorithm, cohort=3, momentum=0.5, **OPTIONS)
     require_equal(simulated(task, options), in_own_programs(task, options, None))
 
 
 @pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
 def test_masked_rounds_are_those_of_parties_bit_for_bit_on_any_devices(task, algorithm):
-    options = FederatedOptions(algorithm=algorithm, cohort=5, **OPTIONS)
+    options = FederatedOptions(algorithm=algorithm, cohort=4, **OPTIONS)
     wanted = in_own_programs(task, options, MASKED)
     require_equal(simulated(task, options, secagg=MASKED), wanted)
     require_equal(simulated(task, options, secagg=MASKED, devices=jax.devices()[:3]), wanted)
@@ -112,6 +112,10 @@ def test_an_update_that_is_not_finite_ends_a_masked_run(task):
         ({"cohort": 10}, "write federated.cohort=9 or less"),
         ({"privacy": PrivacyOptions("example"), "algorithm": "fedprox"}, "algorithm=fedavg"),
         ({"privacy": PrivacyOptions("central", epsilon=1e-9)}, "use fewer rounds, or a larger"),
+        (
+            {"privacy": PrivacyOptions("local", epsilon=4.0, noise_multiplier=0.8)},
+            "one round with privacy.noise_multiplier=0.8 costs epsilon .* of 4; write",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(task, how, message):
@@ -190,7 +194,7 @@ CLIP, Z = 0.5, 1.3
 
 def test_noise_of_each_kind_is_as_wide_as_in_its_deployment(task):
     n, least = 6, 4
-    of = {"noise_multiplier": Z, "clip": CLIP}
+    of = {"noise_multiplier": Z, "clip": CLIP, "epsilon": 1e3}
     std, found = spread_of_noise(task, PrivacyOptions("central", **of), n)
     assert std == pytest.approx(Z * CLIP / n, rel=0.1)
     assert found.privacy.release.noise_multiplier == Z
@@ -204,8 +208,8 @@ def test_noise_of_each_kind_is_as_wide_as_in_its_deployment(task):
 
 
 def test_each_client_is_drawn_by_itself_where_sampling_is_to_hide_it(task):
-    privacy = PrivacyOptions("central", sampling_rate=0.2, noise_multiplier=1e-3, clip=100.0)
-    options = FederatedOptions(**OPTIONS | {"rounds": 12})
+    privacy = PrivacyOptions("central", epsilon=1e3, sampling_rate=0.15, noise_multiplier=1.0)
+    options = FederatedOptions(**OPTIONS | {"rounds": 6})
     rounds = simulated_federation(task, DATA, options, privacy=privacy, devices=ONE).rounds
     counts = [figures.clients for _, figures in rounds.after(rounds.begin())]
     assert len(set(counts)) > 2
@@ -223,7 +227,7 @@ def numpy_clipped(model, x, y, clip):
 
 
 def test_dp_sgd_clients_train_on_their_own_rows_and_no_others(task):
-    privacy = PrivacyOptions("example", noise_multiplier=1e-4, clip=0.7)
+    privacy = PrivacyOptions("example", epsilon=1e9, noise_multiplier=1e-4, clip=0.7)
     options = FederatedOptions(cohort=3, **OPTIONS | {"rounds": 1})
     found = simulated_federation(task, DATA, options, privacy=privacy, devices=ONE)
     algorithm = found.rounds.sim.algorithm
