@@ -25,6 +25,8 @@ from shardpar.fl.private_rounds import (
     user_mechanism,
 )
 
+_LEAST_NOISE = 0.05
+
 
 @dataclass(frozen=True)
 class SimulatedPrivacy:
@@ -141,10 +143,12 @@ def _example(
 
 def _affordable(found: SimulatedPrivacy) -> SimulatedPrivacy:
     """Itself, if its budget allows a first round."""
-    costs = epsilon_of([found.release], found.budget.delta)
+    noise = found.release.noise_multiplier
+    # Accounting for next to no noise would take all memory there is.
+    costs = epsilon_of([found.release], found.budget.delta) if noise > _LEAST_NOISE else math.inf
     if costs > found.budget.epsilon:
         raise ConfigError(
-            f"one round with privacy.noise_multiplier={found.release.noise_multiplier:g} costs "
+            f"one round with privacy.noise_multiplier={noise:g} costs "
             f"epsilon {costs:.3g} of {found.budget.epsilon:g}; write privacy.noise_multiplier=null "
             "for as much noise as all rounds need, or a larger privacy.epsilon"
         )

@@ -6,15 +6,21 @@ import json
 import signal
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardpar.cli.federated_training import federated_task
+from shardpar.cli.federated_training import _require_same_run, federated_task
+from shardpar.config import to_yaml
 from shardpar.config.load import load_any
-from shardpar.errors import DataError
+from shardpar.errors import ConfigError, DataError
 from shardpar.fl.clients import ClientData, write_clients
+from shardpar.fl.population import population
+from shardpar.fl.simulated_federation import simulated_federation
+from shardpar.fl.simulated_rounds import state_after
 from shardpar.run.checkpoints import Checkpoints
+from shardpar.run.directory import RunDirectory
 from tests.cli.command import ROOT, rows, shardpar, start
 
 FEDAVG = str(ROOT / "configs" / "fedavg.gin")
@@ -22,10 +28,6 @@ SMALL = (
     "data.clients=6", "federated.cohort=3", "model.hidden=[]", "federated.algorithm=scaffold",
     "checkpoint.every_steps=1",
 )  # fmt: skip
-
-
-def without_times(text):
-    return [{k: v for k, v in row.items() if not k.endswith("_s")} for row in rows(text)]
 
 
 def model(run, step):
@@ -36,40 +38,54 @@ def model(run, step):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_to_the_same_bits(tmp_path):
-    done = shardpar(
-        "train", FEDAVG, *SMALL, "federated.rounds=12", "--json", "--run-dir", "whole", cwd=tmp_path
-    )
-    printed = rows(done.stdout)
-    assert printed[-1]["round"] == 12
-    assert printed[-1]["accuracy"] > 0.5
-    assert {"round", "loss", "accuracy", "bytes", "clients"} <= printed[0].keys()
+def test_a_run_that_was_killed_goes_on_to_the_bits_of_one_that_was_not(tmp_path):
     # Rounds without an end, so that it is killed in one.
-    process = start(
-        "train", FEDAVG, *SMALL, "federated.rounds=100000", "--run-dir", "killed", cwd=tmp_path
-    )
-    killed = tmp_path / "killed"
-    for _ in range(600):
-        time.sleep(0.1)
-        if (killed / "checkpoints" / "3" / "manifest.json").exists():
+    endless = (*SMALL, "federated.rounds=100000", "--run-dir", "run")
+    process = start("train", FEDAVG, *endless, cwd=tmp_path)
+    run = tmp_path / "run"
+    for _ in range(3000):
+        time.sleep(0.02)
+        if (run / "checkpoints" / "3" / "manifest.json").exists():
             break
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    reached = max(row["round"] for row in rows((killed / "metrics.jsonl").read_text()))
+    reached = max(row["round"] for row in rows((run / "metrics.jsonl").read_text()))
     assert 3 <= reached < 100000
-    end = str(max(12, reached + 3))
-    shardpar("train", "--resume", "killed", f"federated.rounds={end}", cwd=tmp_path)
-    again = without_times((killed / "metrics.jsonl").read_text())
-    whole = without_times((tmp_path / "whole" / "metrics.jsonl").read_text())
-    assert [row["round"] for row in again] == list(range(1, int(end) + 1))
-    assert again[:12] == whole
-    if end == "12":
-        np.testing.assert_array_equal(model(killed, 12), model(tmp_path / "whole", 12))
-    assert (killed / "report.html").is_file()
-    other = ("federated.learning_rate=0.3", "--run-dir", "killed")
-    done = shardpar("train", FEDAVG, *SMALL, *other, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    assert "federated.learning_rate was 0.1, now 0.3" in done.stderr
+    end = reached + 3
+    again = ("--resume", "run", f"federated.rounds={end}", "--json")
+    done = shardpar("train", *again, cwd=tmp_path)
+    *printed, last = rows(done.stdout)
+    assert {"round", "loss", "accuracy", "bytes", "clients"} <= printed[0].keys()
+    assert last["round"] == printed[-1]["round"] == end
+    assert last["accuracy"] > 0.5
+    kept = rows((run / "metrics.jsonl").read_text())
+    assert [row["round"] for row in kept] == list(range(1, end + 1))
+    assert (run / "report.html").is_file()
+    config = load_any(FEDAVG, [*SMALL, f"federated.rounds={end}"])
+    data = population(config.data).data
+    task, _ = federated_task(config, data)
+    one = simulated_federation(task, data, config.federated, devices=jax.devices()[:1])
+    wanted = state_after(one.rounds, end)["params"]["layers.0.weight"]
+    np.testing.assert_array_equal(model(run, end), wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["federated.learning_rate=0.3"], "federated.learning_rate was 0.1, now 0.3; use the old"),
+        (["privacy.kind=local"], "privacy.kind was 'none', now 'local'; use the old"),
+        (["model.hidden=[8]"], r"model.hidden was \(64,\), now \(8,\)"),
+        (["federated.rounds=99", "federated.chunk=2", "net.job=other"], None),
+    ],
+)
+def test_a_run_goes_on_with_what_it_began_with_only(tmp_path, changes, message):
+    directory = RunDirectory(tmp_path)
+    directory.config_yaml.write_text(to_yaml(load_any(FEDAVG)))
+    if message is None:
+        _require_same_run(load_any(FEDAVG, changes), directory)
+        return
+    with pytest.raises(ConfigError, match=message):
+        _require_same_run(load_any(FEDAVG, changes), directory)
 
 
 @pytest.mark.slow
@@ -134,10 +150,9 @@ def test_a_model_that_does_not_take_the_examples_is_refused_in_words(model, mess
         (("data.format=clients", "data.path=nowhere"), "there is no folder 'nowhere'"),
         (("secagg.enabled=true", "federated.algorithm=median"), "median looks at every update"),
         (("--supervise",), "run a federation without it"),
-        (("--plan", "plan.yaml"), "there is no section plan"),
         (("--processes", "2", "--process", "0", "--coordinator", "h:1"), "trains in one process"),
     ],
-    ids=["key", "folder", "secagg", "supervise", "plan", "processes"],
+    ids=["key", "folder", "secagg", "supervise", "processes"],
 )
 def test_what_cannot_be_is_refused_in_words(tmp_path, given, message):
     done = shardpar("train", FEDAVG, *given, cwd=tmp_path, check=False)
@@ -148,8 +163,8 @@ def test_what_cannot_be_is_refused_in_words(tmp_path, given, message):
 
 
 def test_a_dry_run_says_what_would_be_trained_and_writes_nothing(tmp_path):
-    given = ("privacy.kind=central", "privacy.noise_multiplier=3.0", "--dry-run")
-    done = shardpar("train", FEDAVG, *given, cwd=tmp_path)
+    given = ("privacy.kind=central", "privacy.noise_multiplier=8.0", "model.hidden=[]")
+    done = shardpar("train", FEDAVG, *given, "--dry-run", cwd=tmp_path)
     assert "30 clients hold 1438 examples" in done.stderr
     assert "privacy: noise multiplier" in done.stderr
     assert not list(tmp_path.iterdir())
