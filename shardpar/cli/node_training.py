@@ -16,7 +16,6 @@ import numpy as np
 
 from shardpar.cli.planning import use_devices
 from shardpar.cli.tables import console, print_json
-from shardpar.config.load import load_any
 from shardpar.config.model_source import build_options, find_model, load_model_source
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import NodesConfig
@@ -36,19 +35,13 @@ _VECTORS = "vectors.txt"
 _BUNDLED = ("karate_club", "les_miserables", "florentine_families", "davis_southern_women")
 
 
-def refuse_stored(path: str) -> None:
+def refuse_to_resume(path: str) -> None:
     """Refuses to go on with a run that learned vectors: it has no checkpoints.
 
     Raises:
-      UserError: the run is one.
+      UserError: always.
     """
     directory = RunDirectory.existing(Path(path))
-    try:
-        config = load_any(str(directory.config_yaml), find_files=False)
-    except ConfigError:
-        return
-    if not isinstance(config, NodesConfig):
-        return
     done = directory.path / _VECTORS
     if done.is_file():
         raise UserError(f"{path} is finished: its vectors are in {done}")

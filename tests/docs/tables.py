@@ -15,7 +15,13 @@ from typing import Any
 import shardpar
 from shardpar.config.bundled import bundled_models
 from shardpar.config.model_source import read_model_options
-from shardpar.config.schema import NodesConfig, SparseConfig, field_hints, section_classes
+from shardpar.config.schema import (
+    FederatedConfig,
+    NodesConfig,
+    SparseConfig,
+    field_hints,
+    section_classes,
+)
 from shardpar.config.values import allowed, show
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +50,11 @@ def tables() -> dict[Path, dict[str, str]]:
             if name != "checkpoint"
         }
         | {f"nodes {name}": _section(cls) for name, cls in section_classes(NodesConfig).items()},
+        REFERENCE / "federated.md": {
+            f"federation {name}": _section(cls)
+            for name, cls in section_classes(FederatedConfig).items()
+            if name != "checkpoint"
+        },
         REFERENCE / "cli.md": {
             f"options {name}": _command(command) for name, command in _commands().items()
         },
