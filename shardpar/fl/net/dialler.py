@@ -19,7 +19,7 @@ from shardpar.fl.net.credentials import (
     dialling_credentials,
     dialling_options,
 )
-from shardpar.fl.net.diagnosis import diagnose
+from shardpar.fl.net.diagnosis import Diagnosis, diagnose
 from shardpar.fl.net.frames import Frame, Hello, Refusal
 from shardpar.fl.net.keys import PartyKeys
 from shardpar.fl.net.limits import Limits
@@ -52,6 +52,8 @@ class Dialler:
     ) -> None:
         self._peer, self._address, self._keys = peer, address, keys
         self._limits, self._watch = limits, watch
+        self._found: Diagnosis | None = None
+        self._alike = 0
         self._thread = threading.Thread(
             target=self._run, name=f"shardpar-dial-{peer.name}", daemon=True
         )
@@ -136,8 +138,10 @@ class Dialler:
             self._peer.lose(connection, str(details))
             return
         found = diagnose(self._address, self._peer.name, self._keys)
-        if found is None:
-            self._peer.fail(f"{self._address}: {details}", lasting=False)
-        else:
-            self._peer.fail(found.reason, lasting=found.lasting)
-        _LOG.info("dialling %s at %s failed: %s", self._peer.name, self._address, details)
+        found = found or Diagnosis(f"{self._address}: {details}")
+        if found != self._found:
+            self._found, self._alike = found, 0
+            _LOG.warning("%s cannot be dialled: %s", self._peer.name, found.reason)
+        self._alike += 1
+        after = found.lasting_after
+        self._peer.fail(found.reason, lasting=after is not None and self._alike >= after)

@@ -299,7 +299,7 @@ class Peer:
             return Refusal(f"{self.link.party} has closed its channel", lasting=False)
         if self._broken and not self.link.is_new(hello.incarnation):
             return Refusal(self._broken[:2000], lasting=True)
-        if self._connection is not None and not self.link.knows(hello.incarnation):
+        if self._connection is not None and self.link.is_new(hello.incarnation):
             return Refusal(
                 f"{self.link.party} is connected with another process of {self.name}; if that "
                 f"one died, this is noticed within {self._limits.silence_s:g} s",
