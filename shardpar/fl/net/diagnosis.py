@@ -63,17 +63,15 @@ def _shake_hands(
             # In TLS 1.3 a server judges the client's certificate after the client is done. One that
             # accepts it begins to speak HTTP/2; gRPC's closes, without saying why, if it does not.
             secured.settimeout(_GRACE_S)
-            accepted = bool(secured.recv(1))
+            accepted = _speaks(secured)
     except ssl.SSLCertVerificationError as error:
         return Diagnosis(
             f"who answers at {address} cannot show that it is {peer}: {error.verify_message}", 1
         )
-    except TimeoutError:
-        return None
     except ssl.SSLError as error:
         if "WRONG_VERSION" in (error.reason or ""):
             return Diagnosis(f"who answers at {address} does not speak TLS", 1)
-        accepted = False
+        return Diagnosis(f"the TLS handshake with {address} failed: {error}")
     if accepted or not shown:
         return None
     refuses = f"{peer} at {address} does not accept the certificate of {keys.party}"
@@ -85,6 +83,15 @@ def _shake_hands(
         "clocks are right",
         _SUSPICIOUS_AFTER,
     )
+
+
+def _speaks(secured: ssl.SSLSocket) -> bool:
+    try:
+        return bool(secured.recv(1))
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
 
 
 def _show_certificate(context: ssl.SSLContext, keys: PartyKeys) -> bool:

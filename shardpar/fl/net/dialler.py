@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import secrets
@@ -97,9 +98,7 @@ class Dialler:
                 while peer.take(connection, next(call)):
                     pass
             if connection.farewell is not None:
-                # What the peer says now is of no interest, but it must have time to hear why.
-                for _ in call:
-                    pass
+                self._listen_out(call)
         except StopIteration:
             pass
         except grpc.RpcError as error:
@@ -129,9 +128,18 @@ class Dialler:
             connection.refuse(refusal)
         return refusal is None
 
+    def _listen_out(self, call: Iterator[bytes]) -> None:
+        """Lets the peer hear why this end leaves; of what it says only its own reason matters."""
+        for raw in call:
+            with contextlib.suppress(PartyError):
+                body = decode(raw, Frame, party=self._peer.name).body
+                if isinstance(body, Refusal):
+                    self._peer.refused(body)
+
     def _explain(self, connection: Connection, error: grpc.RpcError, *, met: bool) -> None:
         if connection.why:
-            self._peer.fail(connection.why, lasting=False)
+            if connection.farewell is None:
+                self._peer.fail(connection.why, lasting=False)
             return
         details = error.details() if isinstance(error, grpc.Call) else str(error)
         if met:
