@@ -237,7 +237,7 @@ def _linked(frames: list[bytes]) -> None:
     connection = None
     for raw in frames:
         if connection is None or connection.ended or connection.farewell:
-            peer._broken = None
+            peer._standing.broken = None
             connection = Connection(cancel=lambda: None)
             sending = peer.frames(connection)
             if peer.welcome(connection, greeting("a")) is not None:

@@ -65,6 +65,14 @@ class Dialler:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._keep()
+        except Exception as error:
+            # Whoever waits for this peer must hear of it; nobody reads what a thread dies of.
+            self._peer.fail(f"dialling it failed: {error!r}", lasting=True)
+            raise
+
+    def _keep(self) -> None:
         attempt = 0
         while True:
             met = self._connect()
