@@ -18,7 +18,7 @@ from shardpar.fl.net.connections import Connection
 from shardpar.fl.net.envelopes import Envelope, envelopes_of
 from shardpar.fl.net.frames import Ack, Beat, Bye, Frame, Hello, Refusal
 from shardpar.fl.net.limits import Limits
-from shardpar.fl.net.links import Link, cost_bytes
+from shardpar.fl.net.links import Kept, Link, cost_bytes
 from shardpar.fl.net.standing import Standing
 
 _LOG = logging.getLogger(__name__)
@@ -214,30 +214,20 @@ class Peer:
     def frames(self, connection: Connection) -> Iterator[bytes]:
         """What to send over a connection, as it falls due, until it ends."""
         parts: Iterator[Envelope] = iter(())
-        begun = False
         sent_s = time.monotonic()
         while True:
             # A long message is hashed and cut outside the lock.
-            body: Message | None = next(parts, None) if begun else None
-            begun = body is not None
+            part = next(parts, None)
             with self.condition:
-                urgent = self._urgent(connection, sent_s, idle=not begun)
-                while body is None and urgent is None:
-                    if connection.ended:
-                        return
-                    kept = self.link.outbound.next() if self._connection is connection else None
-                    if kept is not None:
-                        parts = envelopes_of(
-                            kept.data, job=self.link.job, sender=self.link.party,
-                            receiver=self.name, topic=kept.topic, sequence=kept.sequence,
-                        )  # fmt: skip
-                        begun = True
-                        break
-                    self.condition.wait(self._until_beat_s(sent_s))
-                    urgent = self._urgent(connection, sent_s, idle=True)
-                if connection.ended:
-                    return
-            for said in (urgent, body):
+                urgent, kept = self._due(connection, sent_s, idle=part is None)
+            if connection.ended:
+                return
+            if kept is not None:
+                parts = envelopes_of(
+                    kept.data, job=self.link.job, sender=self.link.party, receiver=self.name,
+                    topic=kept.topic, sequence=kept.sequence,
+                )  # fmt: skip
+            for said in (urgent, part):
                 if said is not None:
                     sent_s = time.monotonic()
                     yield encode(Frame(said))
@@ -309,6 +299,21 @@ class Peer:
             self._standing.breaks(str(error))
             return Refusal(str(error)[:2000], lasting=True)
 
+    def _due(
+        self, connection: Connection, sent_s: float, *, idle: bool
+    ) -> tuple[Message | None, Kept | None]:
+        """What is urgent, or a message to begin with; waits for one of them if idle."""
+        while not connection.ended:
+            urgent = self._urgent(connection, sent_s, idle=idle)
+            if urgent is not None or not idle:
+                return urgent, None
+            kept = self.link.outbound.next() if self._connection is connection else None
+            if kept is not None:
+                return None, kept
+            left_s = sent_s + self._limits.beat_s - time.monotonic()
+            self.condition.wait(left_s if left_s > 0 else self._limits.beat_s)
+        return None, None
+
     def _urgent(self, connection: Connection, sent_s: float, *, idle: bool) -> Message | None:
         """What goes before parts of messages, or instead of them."""
         if connection.farewell is not None:
@@ -321,10 +326,6 @@ class Peer:
         if self._closing and not self.link.outbound.kept:
             return Bye()
         return Beat() if time.monotonic() - sent_s >= self._limits.beat_s else None
-
-    def _until_beat_s(self, sent_s: float) -> float:
-        left_s = sent_s + self._limits.beat_s - time.monotonic()
-        return left_s if left_s > 0 else self._limits.beat_s
 
     def _pending(self) -> bool:
         if self.link.left or self.link.restarted or self._standing.broken:
