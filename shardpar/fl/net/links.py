@@ -218,6 +218,7 @@ class Link:
         self._digest = digest_of(parties)
         self._incarnation = incarnation
         self._max_message_bytes, self._window_bytes = max_message_bytes, window_bytes
+        self._told = (0, 0)
         self._begin()
 
     def accept(self) -> None:

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Iterator
 
 from shardpar.errors import PartyError
-from shardpar.fl.messages import Message, decode, encode, printable
+from shardpar.fl.messages import decode, encode, printable
 from shardpar.fl.net.connections import Connection
 from shardpar.fl.net.envelopes import Envelope, envelopes_of
-from shardpar.fl.net.frames import Ack, Beat, Bye, Frame, Hello, Refusal
+from shardpar.fl.net.frames import Ack, Beat, Body, Bye, Frame, Hello, Refusal
 from shardpar.fl.net.limits import Limits
 from shardpar.fl.net.links import Kept, Link, cost_bytes
 from shardpar.fl.net.standing import Standing
@@ -261,7 +261,7 @@ class Peer:
             self.condition.notify_all()
         _LOG.warning("%s", why)
 
-    def _take(self, body: Message) -> bool:
+    def _take(self, body: Body) -> bool:
         match body:
             case Envelope():
                 whole = self.link.inbound.add(body)
@@ -301,7 +301,7 @@ class Peer:
 
     def _due(
         self, connection: Connection, sent_s: float, *, idle: bool
-    ) -> tuple[Message | None, Kept | None]:
+    ) -> tuple[Body | None, Kept | None]:
         """What is urgent, or a message to begin with; waits for one of them if idle."""
         while not connection.ended:
             urgent = self._urgent(connection, sent_s, idle=idle)
@@ -314,7 +314,7 @@ class Peer:
             self.condition.wait(left_s if left_s > 0 else self._limits.beat_s)
         return None, None
 
-    def _urgent(self, connection: Connection, sent_s: float, *, idle: bool) -> Message | None:
+    def _urgent(self, connection: Connection, sent_s: float, *, idle: bool) -> Body | None:
         """What goes before parts of messages, or instead of them."""
         if connection.farewell is not None:
             return connection.farewell
@@ -354,9 +354,10 @@ class Peer:
         now_s = time.monotonic()
         if now_s >= deadline_s:
             return False
-        runs_out_s = self._standing.runs_out_s(self._limits)
-        soon = runs_out_s is not None and now_s < runs_out_s < deadline_s
-        self.condition.wait((runs_out_s if soon else deadline_s) - now_s)
+        until_s = self._standing.runs_out_s(self._limits)
+        if until_s is None or until_s <= now_s:
+            until_s = deadline_s
+        self.condition.wait(min(until_s, deadline_s) - now_s)
         return True
 
     def _error(self, words: str) -> PartyError:
