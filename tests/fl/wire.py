@@ -242,7 +242,7 @@ def _linked(frames: list[bytes]) -> None:
             sending = peer.frames(connection)
             if peer.welcome(connection, greeting("a")) is not None:
                 return
-            for _ in range(3):
+            for _ in range(link.outbound.kept):
                 next(sending)
         if not peer.take(connection, raw):
             peer.lose(connection, "")
