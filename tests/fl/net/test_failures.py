@@ -320,3 +320,15 @@ def test_a_large_tensor_takes_few_copies_of_itself():
     )  # fmt: skip
     # The sender's bytes until they are acknowledged, the receiver's, and the tensor made of them.
     assert float(done.stdout) < 3.6
+
+
+def test_parties_with_other_limits_are_told_what_to_raise_and_where(pki):
+    small = replace(QUICK, max_message_bytes=MIB, window_bytes=2 * MIB)
+    for size, words in (
+        (4 * MIB, "never for a message"),
+        (3 * MIB // 2, "agg refuses a: a declares"),
+    ):
+        with listening(pki, limits=small) as agg, dialling(pki, "a", agg.address) as a:
+            a.send("agg", "up", Note("", bytes(size)))
+            with pytest.raises(PartyError, match=rf"{words}.*net.max_message_bytes"):
+                a.receive("agg", "down", Note)
