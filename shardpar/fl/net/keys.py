@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -164,22 +164,33 @@ def read_keys(directory: Path, party: str) -> PartyKeys:
                 f"{directory} --party {party}"
             ) from None
     keys = PartyKeys(party, *parts)
-    where = directory / f"{party}.pem"
+    fault = fault_of(keys)
+    if fault:
+        raise UserError(f"{directory / f'{party}.pem'}: {fault}")
+    return keys
+
+
+def fault_of(keys: PartyKeys) -> str | None:
+    """Why a party's keys cannot work, for people, or None."""
+    party = keys.party
     try:
         authorities = x509.load_pem_x509_certificates(keys.ca)
         certificate = x509.load_pem_x509_certificate(keys.certificate)
-    except ValueError as error:
-        raise UserError(f"{directory}: ca.pem or {party}.pem is no certificate: {error}") from None
+        private = serialization.load_pem_private_key(keys.key, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        return f"the certificate or key of {party}, or ca.pem, cannot be read: {error}"
+    if private.public_key() != certificate.public_key():
+        return f"the key of {party} is not the one of its certificate"
     if party_of(keys.certificate) != party:
-        raise UserError(f"{where} is not the certificate of {party}: it lacks {_URI}{party}")
+        return f"it is not the certificate of {party}: it lacks {_URI}{party}"
     now = datetime.now(UTC)
     if now > certificate.not_valid_after_utc:
-        raise UserError(f"{where} has expired at {certificate.not_valid_after_utc:%F %T} UTC")
+        return f"it has expired at {certificate.not_valid_after_utc:%F %T} UTC"
     if now < certificate.not_valid_before_utc:
-        raise UserError(f"{where} is valid only from {certificate.not_valid_before_utc:%F %T} UTC")
+        return f"it is valid only from {certificate.not_valid_before_utc:%F %T} UTC"
     if not any(_issued(certificate, authority) for authority in authorities):
-        raise UserError(f"{where} was not issued by an authority in {directory / 'ca.pem'}")
-    return keys
+        return "it was not issued by an authority in ca.pem"
+    return None
 
 
 def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
