@@ -41,8 +41,8 @@ from shardpar.fl.psi_messages import (
 from shardpar.fl.psi_session import Id, PsiSession, ids_of
 
 Progress = Callable[[int, int], None]
-# Starting processes takes about as long as this many ids.
-_IDS_FOR_PROCESSES = 20_000
+IDS_FOR_PROCESSES = 20_000
+"""Starting processes takes about as long as this many ids do."""
 
 
 def align(
@@ -119,7 +119,7 @@ def intersect(
     count = session.opened(peer, opening)
     if pool is not None:
         return _exchange(channel, peer, mine, count, session, pool, progress, timeout_s)
-    with Pool(1 if len(mine) + count < _IDS_FOR_PROCESSES else None) as own:
+    with Pool(1 if len(mine) + count < IDS_FOR_PROCESSES else None) as own:
         return _exchange(channel, peer, mine, count, session, own, progress, timeout_s)
 
 

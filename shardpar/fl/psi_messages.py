@@ -46,8 +46,14 @@ class TwiceBlindedIds(Message):
 
 
 class CommonIds(Message):
-    """Places of common ids in the order in which the receiver sent its points, uint32 each."""
+    """Which of the points that the receiver sent belong to common ids.
 
+    Attributes:
+      count: how many common ids there are in all.
+      places: where the receiver sent each, uint32, in the order that all parties line up in.
+    """
+
+    count: Annotated[int, Meta(ge=0)]
     places: Annotated[bytes, Meta(max_length=WINDOW_IDS * PLACE_BYTES)]
 
 

@@ -44,7 +44,9 @@ def in_threads(
             outcomes[name] = error
             failed.set()
 
-    threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in parties]
+    threads = [
+        threading.Thread(target=run, args=(name,), name=name, daemon=True) for name in parties
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
