@@ -78,7 +78,7 @@ class Ranges:
         return rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moments:
     """Of each column's values that are there.
 
@@ -192,7 +192,7 @@ def quantiles(
     return np.where(count[:, None] == 0, np.nan, value.mean(axis=-1))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Table:
     """Rows in each cell, over all parties.
 
@@ -259,7 +259,7 @@ def histograms(
     return tuple(found)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Groups:
     """Of each group of rows.
 

@@ -68,26 +68,31 @@ def weight_of_evidence(
     weights, information = [], []
     for bins, size in zip(binning.apply(rows).T, binning.sizes, strict=True):
         counts = table(sums, bins + size * labels, 2 * size, minimum=minimum).counts
-        weight, value = evidence(counts[size:], counts[:size])
+        weight, value = evidence(counts[size:], counts[:size], minimum / 2)
         weights.append(tuple(weight.tolist()))
         information.append(value)
     return WeightOfEvidence(binning, tuple(weights), tuple(information))
 
 
-def evidence(ones: np.ndarray, zeros: np.ndarray) -> tuple[np.ndarray, float]:
+def evidence(ones: np.ndarray, zeros: np.ndarray, missing: float = 0.5) -> tuple[np.ndarray, float]:
     """(the weight of each bin, the information value) of rows of each label in each bin.
 
-    ln of (ones here / all ones) / (zeros here / all zeros), with half a row added to each cell that
-    has rows of one label only; 0 for a bin without rows.
+    ln of (ones here / all ones) / (zeros here / all zeros); 0 for a bin without rows.
+
+    Args:
+      ones: rows with label 1 in each bin.
+      zeros: with label 0.
+      missing: rows added to a bin's cells when one of them is empty: it may hold rows that were
+        left out, and its logarithm must be finite.
 
     >>> weights, value = evidence(np.array([8, 2]), np.array([2, 8]))
     >>> weights.round(4).tolist(), round(value, 4)
     ([1.3863, -1.3863], 1.6636)
     """
     ones, zeros = np.asarray(ones, np.float64), np.asarray(zeros, np.float64)
-    half = np.where((ones == 0) != (zeros == 0), 0.5, 0.0)
-    good = (ones + half) / max(ones.sum(), 1)
-    bad = (zeros + half) / max(zeros.sum(), 1)
+    added = np.where((ones == 0) != (zeros == 0), missing, 0.0)
+    good = (ones + added) / max(ones.sum(), 1)
+    bad = (zeros + added) / max(zeros.sum(), 1)
     there = (ones + zeros) > 0
     weights = np.zeros(ones.shape)
     weights[there] = np.log(good[there] / bad[there])
