@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--ids", type=int, default=100_000)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--without", nargs="*", default=[], help="parts of names to leave out")
     options = parser.parse_args()
     count, first = options.ids, options.ids // 2
     people = [f"person{at:09d}@example.org" for at in range(count + first)]
@@ -202,6 +203,7 @@ def main() -> None:
         works["SecretFlow RR22 (oblivious transfer)"] = of_secretflow(
             "CURVE_25519", "PROTOCOL_RR22"
         )
+    works = {n: w for n, w in works.items() if not any(part in n for part in options.without)}
     costs: dict[str, list[Cost]] = {name: [] for name in works}
     for _ in range(options.repeats):
         for name, work in works.items():

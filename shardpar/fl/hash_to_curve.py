@@ -11,7 +11,7 @@ Not hardened against measuring the time taken.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from gmpy2 import invert, jacobi, mpz
 
@@ -22,6 +22,8 @@ _A = mpz(486662)
 _ELEMENT_BYTES = 48
 _BLOCK_BYTES = 128
 _MOST_DST_BYTES = 255
+# Each expansion begins with a block of zeros, whose state is only ever copied.
+_PADDED = hashlib.sha512(bytes(_BLOCK_BYTES))
 
 
 def expand_message(message: bytes, dst: bytes, length: int) -> bytes:
@@ -35,19 +37,20 @@ def expand_message(message: bytes, dst: bytes, length: int) -> bytes:
     Raises:
       ValueError: the tag or the length is out of range.
     """
-    if not 0 < len(dst) <= _MOST_DST_BYTES:
-        raise ValueError(f"a domain separation tag of {len(dst)} bytes; use 1 to {_MOST_DST_BYTES}")
-    if not 0 < length <= hashlib.sha512().digest_size:
-        raise ValueError(f"{length} bytes; one SHA-512 gives 1 to 64")
-    tag = dst + bytes([len(dst)])
-    first = hashlib.sha512(bytes(_BLOCK_BYTES))
-    first.update(message + length.to_bytes(2, "big") + b"\0" + tag)
-    return hashlib.sha512(first.digest() + b"\1" + tag).digest()[:length]
+    (expanded,) = _expanded([message], dst, length)
+    return expanded
 
 
-def field_element(message: bytes, dst: bytes) -> mpz:
-    """RFC 9380's hash_to_field, one element."""
-    return mpz.from_bytes(expand_message(message, dst, _ELEMENT_BYTES), "big") % PRIME
+def field_elements(messages: Iterable[bytes], dst: bytes) -> list[mpz]:
+    """RFC 9380's hash_to_field, one element of each message.
+
+    Raises:
+      ValueError: the tag is out of range.
+    """
+    return [
+        mpz.from_bytes(expanded, "big") % PRIME
+        for expanded in _expanded(messages, dst, _ELEMENT_BYTES)
+    ]
 
 
 def elligator2(elements: Sequence[mpz]) -> list[mpz]:
@@ -69,13 +72,28 @@ def elligator2(elements: Sequence[mpz]) -> list[mpz]:
     return [a * b % PRIME for a, b in zip(numerators, inverses, strict=True)]
 
 
-def encode_to_curve(messages: Sequence[bytes], dst: bytes) -> list[bytes]:
+def encode_to_curve(messages: Iterable[bytes], dst: bytes) -> list[bytes]:
     """For each message, the u-coordinate of its point, as X25519 takes it: 32 bytes, little-endian.
 
     The cofactor is not cleared; X25519 does that with every scalar.
     """
-    points = elligator2([field_element(message, dst) for message in messages])
+    points = elligator2(field_elements(messages, dst))
     return [point.to_bytes(POINT_BYTES, "little") for point in points]
+
+
+def _expanded(messages: Iterable[bytes], dst: bytes, length: int) -> list[bytes]:
+    if not 0 < len(dst) <= _MOST_DST_BYTES:
+        raise ValueError(f"a domain separation tag of {len(dst)} bytes; use 1 to {_MOST_DST_BYTES}")
+    if not 0 < length <= _PADDED.digest_size:
+        raise ValueError(f"{length} bytes; one SHA-512 gives 1 to {_PADDED.digest_size}")
+    tag = dst + bytes([len(dst)])
+    end, last, sha512 = length.to_bytes(2, "big") + b"\0" + tag, b"\1" + tag, hashlib.sha512
+    found = []
+    for message in messages:
+        first = _PADDED.copy()
+        first.update(message + end)
+        found.append(sha512(first.digest() + last).digest()[:length])
+    return found
 
 
 def _inverses(values: Sequence[mpz]) -> list[mpz]:

@@ -6,7 +6,7 @@ import pytest
 from shardpar.errors import PartyError
 from shardpar.fl.features.binning import Binning, equal_width
 from shardpar.fl.features.vertical_woe import BinSums, BinWeights, column_party, label_party
-from shardpar.fl.features.woe import weight_of_evidence
+from shardpar.fl.features.woe import evidence, weight_of_evidence
 from shardpar.fl.he import okamoto_uchiyama, paillier
 from shardpar.fl.messages import Tensor, tensor_of
 from shardpar.fl.stats import Ranges
@@ -59,6 +59,17 @@ def test_they_are_those_of_one_party_that_has_all(secret, minimum):
     counts = np.bincount(binning.apply(rows)[:, 0], minlength=5)
     assert 0 < counts[0] < 5
     assert (found["columns"].weights[0][0] == 0) == (minimum == 5)
+
+
+def test_labels_of_few_rows_in_a_bin_have_no_part_in_its_weight(secret):
+    # 60 rows below the edge, 3 of them with label 1; 40 above, half and half.
+    rows = np.repeat([0.2, 0.8], [60, 40])[:, None]
+    labels = np.concatenate([np.arange(60) < 3, np.arange(40) < 20]).astype(int)
+    found = run(secret, rows, labels, Binning(((0.5,),)), minimum=5)["columns"]
+    # With them a cell of 20 is left out too, or 3 would be what the totals lack.
+    expected, value = evidence(np.array([0, 0, 0]), np.array([57, 20, 0]), 2.5)
+    assert found.weights == (tuple(expected.tolist()),)
+    assert found.information == (value,)
 
 
 def test_okamoto_uchiyama_gives_the_same():
