@@ -8,12 +8,34 @@ from typing import Any, TypeVar
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from shardpar.fl.secagg_session import Identity
+from shardpar.fl.stats import Ranges
 from shardpar.fl.sums import SecureSums, Sums, serve_sums
 from tests.fl.intersections import in_threads
 
 Part = TypeVar("Part")
+
+
+RANGES = Ranges.of([(-8, 8), (0, 1000), (-1, 1)])
+WIDTHS = RANGES.widths
+
+
+@st.composite
+def tables(draw):
+    """Rows of each party: some have none, columns may be constant or missing altogether."""
+    constant = draw(st.booleans())
+    parts = []
+    for _ in range(draw(st.integers(2, 3))):
+        rows = draw(st.sampled_from([0, 1, 4, 20]))
+        part = draw(arrays(np.float64, (rows, 3), elements=st.floats(0, 1), fill=st.nothing()))
+        missing = draw(arrays(np.bool_, (rows, 3), elements=st.booleans()))
+        part = np.array(RANGES.low) + part * WIDTHS
+        part[:, 1] = 7.0 if constant else part[:, 1]
+        parts.append(np.where(missing, np.nan, part))
+    return parts
 
 
 def each(parts: Sequence[Part], work: Callable[[Sums, Part], Any]) -> dict[str, Any]:

@@ -13,9 +13,10 @@ import numpy as np
 
 from shardpar.errors import DataError, SpecError
 from shardpar.fl.features.scaling import checked
-from shardpar.fl.stats import Ranges, moments, quantiles, table
+from shardpar.fl.stats import Ranges, moments, quantiles
 from shardpar.fl.sums import Sums
 from shardpar.fl.suppression import MINIMUM
+from shardpar.fl.tables import table
 
 _MOST_CANDIDATES = 1 << 16
 

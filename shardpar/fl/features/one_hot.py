@@ -2,7 +2,7 @@
 
 The vocabulary is agreed on beforehand, as a code list is: to collect it from the data would show
 that somebody has a rare category. Revealed to all parties and the aggregator: how often each of its
-categories occurs (`shardpar.fl.stats.table`).
+categories occurs (`shardpar.fl.tables`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from shardpar.errors import DataError, SpecError
-from shardpar.fl.stats import table
 from shardpar.fl.sums import Sums
 from shardpar.fl.suppression import MINIMUM
+from shardpar.fl.tables import table
 
 
 @dataclass(frozen=True)

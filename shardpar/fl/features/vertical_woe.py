@@ -27,8 +27,8 @@ from shardpar.fl.he.ciphertexts import Ciphertexts, CiphertextsMessage
 from shardpar.fl.he.packing import Packing
 from shardpar.fl.he.pool import Pool, SecretKey
 from shardpar.fl.messages import Message, Tensor, array_of, tensor_of
-from shardpar.fl.stats import counted
 from shardpar.fl.suppression import MINIMUM, kept_cells
+from shardpar.fl.tables import counted
 
 Scheme = Literal["paillier", "okamoto-uchiyama"]
 _SCHEMES: dict[Scheme, Any] = {"paillier": paillier, "okamoto-uchiyama": okamoto_uchiyama}

@@ -3,7 +3,7 @@
 Also the information value of each column, by which columns are selected (Siddiqi, Credit Risk
 Scorecards, 2006). For rows that lie at several parties; where another party has the labels, see
 `vertical_woe`. Revealed to all parties and the aggregator: rows of each label in each bin, without
-cells that parties leave out (`shardpar.fl.stats.table`).
+cells that parties leave out (`shardpar.fl.tables`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import numpy as np
 
 from shardpar.errors import DataError
 from shardpar.fl.features.binning import Binning
-from shardpar.fl.stats import table
 from shardpar.fl.sums import Sums
 from shardpar.fl.suppression import MINIMUM
+from shardpar.fl.tables import table
 
 
 @dataclass(frozen=True)

@@ -84,14 +84,14 @@ def test_bins_of_equal_frequency_are_scikit_learns(column):
     parts = np.array_split(there, [100, 300])
     ranges = Ranges.of([(RANGES.low[column], RANGES.high[column])])
     binning = together(parts, lambda s, rows: equal_frequency(s, rows, ranges, 4, minimum=1))
-    oracle = KBinsDiscretizer(
-        4, encode="ordinal", strategy="quantile", quantile_method="averaged_inverted_cdf"
-    ).fit(there)
-    edges = oracle.bin_edges_[0][1:-1]
     if column == 2:
         # A constant column: all rows are above the one edge, and in one bin here and there.
         assert set(binning.apply(there).ravel().tolist()) == {1}
         return
+    oracle = KBinsDiscretizer(
+        4, encode="ordinal", strategy="quantile", quantile_method="averaged_inverted_cdf"
+    ).fit(there)
+    edges = oracle.bin_edges_[0][1:-1]
     inner = np.array([e for e in binning.edges[0] if e > np.nanmin(there)])
     np.testing.assert_allclose(inner, edges, atol=resolution(ranges)[0])
     drop = len(binning.edges[0]) - len(inner)
