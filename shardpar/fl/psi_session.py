@@ -23,7 +23,8 @@ class PsiSession:
     Attributes:
       job: names the federation.
       parties: everyone, in an order that all agree on.
-      run: of the job; ids are hashed differently in each.
+      run: of the job, counted up with every repetition, also after one that failed; ids are hashed
+        differently in each.
       learners: who learns which of its own ids are common; empty for all parties.
       least_ids: the fewest ids that a party may bring: a set of one asks about one person.
       most_ids: the most; a larger claim is refused before memory is spent on it.

@@ -8,7 +8,9 @@ in it, and in what is missing from it, is of no row or of at least the minimum. 
 rare at every party is lost even where it would not be rare in all.
 
 Values that must be ordered are averaged over blocks of neighbours first (microaggregation; Domingo-
-Ferrer and Mateo-Sanz, TKDE'02). Nothing here hides one row that dominates a sum: keep ranges tight.
+Ferrer and Mateo-Sanz, TKDE'02). Nothing here hides one row that dominates a sum: keep ranges
+tight. Nor are differences looked after between tables of nearly the same rows, such as of two
+columns of which one has a few values more.
 """
 
 from __future__ import annotations
