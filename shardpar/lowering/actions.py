@@ -7,8 +7,10 @@ inside groups, rounds of sums across groups, or slices put straight onto their r
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -150,6 +152,7 @@ class _Assembles:
 
     def run(self, buffers: Buffers, arrived: Mapping[int, Sequence[jax.Array]]) -> None:
         after: dict[int, dict[int, jax.Array]] = {i: {} for i in self._tensors}
+        making = []
         for device, part in self._parts:
             got = arrived.get(device, ())
             for i in part.kept:
@@ -158,7 +161,12 @@ class _Assembles:
                 after[i][device] = got[parcel]
             if part.run is not None:
                 inputs = [*(buffers[i][device] for i in part.own), *(got[n] for n in part.parcels)]
-                for i, array in zip(part.made, part.run(inputs), strict=True):
+                making.append((device, part, part.run, inputs))
+        # XLA runs programs of CPU devices where they are called, so devices need threads.
+        with ThreadPoolExecutor(max(1, min(len(making), os.cpu_count() or 1))) as threads:
+            made = threads.map(lambda of_device: of_device[2](of_device[3]), making)
+            for (device, part, _, _), arrays in zip(making, made, strict=True):
+                for i, array in zip(part.made, arrays, strict=True):
                     after[i][device] = array
         for i, of_tensor in after.items():
             buffers[i] = of_tensor
