@@ -27,6 +27,7 @@ from shardpar.fl.net.limits import Limits
 from shardpar.fl.net.peers import Peer
 
 _LOG = logging.getLogger(__name__)
+_JOIN_S = 10.0
 _DRAW = secrets.SystemRandom()
 
 
@@ -61,8 +62,8 @@ class Dialler:
         self._thread.start()
 
     def join(self) -> None:
-        """Waits for the thread, which ends once its peer is closed."""
-        self._thread.join()
+        """Waits for the thread, which ends once its peer is closed; not for a slow name server."""
+        self._thread.join(_JOIN_S)
 
     def _run(self) -> None:
         try:
