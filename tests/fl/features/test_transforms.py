@@ -223,7 +223,7 @@ def test_columns_like_better_ones_are_dropped():
         Selection((4,)).apply(rows)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(tables())
 def test_ragged_parties_fit_what_one_party_with_all_rows_does(parts):
     pooled = np.concatenate(parts)
