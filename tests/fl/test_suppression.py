@@ -1,7 +1,7 @@
 """What parties leave out: never fewer rows than the minimum, shown or missing."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shardpar.fl.suppression import kept_cells, microaggregated
@@ -9,6 +9,7 @@ from shardpar.fl.suppression import kept_cells, microaggregated
 COUNTS = st.lists(st.integers(0, 30), min_size=1, max_size=12).map(np.array)
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 15))
 def test_shown_and_missing_are_nothing_or_enough(counts, minimum):
     kept = kept_cells(counts, minimum)
@@ -19,6 +20,7 @@ def test_shown_and_missing_are_nothing_or_enough(counts, minimum):
         assert missing == 0 or missing >= minimum
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 15))
 def test_no_more_is_left_out_than_must_be(counts, minimum):
     kept = kept_cells(counts, minimum)
@@ -38,6 +40,7 @@ def test_tables_of_two_dims_are_one_table():
     assert kept_cells(counts, 5).tolist() == [[True, False], [False, True]]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(-1e6, 1e6), max_size=60).map(np.array),
     st.integers(1, 12),
@@ -59,6 +62,7 @@ def test_blocks_are_large_enough_and_keep_order_and_sum(values, minimum):
         assert abs(moved) < 2 * minimum
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), max_size=60).map(np.array))
 def test_blocks_of_one_change_nothing(values):
     np.testing.assert_array_equal(microaggregated(values, 1), np.sort(values))

@@ -1,7 +1,7 @@
 """Weight of evidence where one party has the labels and another the columns of the same rows.
 
 The label party encrypts its labels; the column party adds them up bin by bin, unread, and sends
-the sums back packed and re-randomised, as FATE's binning does (Yang et al., TIST'19). Rows must be
+the sums back packed and re-randomised, as in FATE's hetero feature binning. Rows must be
 lined up first (`shardpar.fl.psi.align`).
 
 Revealed to the label party: how many columns and bins there are, and for each bin how many rows and

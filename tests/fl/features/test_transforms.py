@@ -3,6 +3,7 @@
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
 from sklearn.feature_selection import VarianceThreshold
 from sklearn.impute import SimpleImputer
 from sklearn.preprocessing import KBinsDiscretizer, MinMaxScaler, OneHotEncoder, StandardScaler
@@ -16,7 +17,8 @@ from shardpar.fl.features.selection import Selection, by_correlation, by_informa
 from shardpar.fl.features.woe import evidence, weight_of_evidence
 from shardpar.fl.stats import Ranges, moments, pearson, resolution
 from shardpar.fl.sums import Alone
-from tests.fl.analysis import together
+from tests.fl.analysis import RANGES as ANALYSED
+from tests.fl.analysis import tables, together
 
 RANGES = Ranges.of([(-5, 5), (0, 100), (-1, 1), (0, 9)])
 
@@ -219,6 +221,27 @@ def test_columns_like_better_ones_are_dropped():
     assert Selection((2,)).apply(rows).shape == (200, 1)
     with pytest.raises(DataError, match="select columns"):
         Selection((4,)).apply(rows)
+
+
+@settings(max_examples=4, deadline=None)
+@given(tables())
+def test_ragged_parties_fit_what_one_party_with_all_rows_does(parts):
+    pooled = np.concatenate(parts)
+    # Whether a column that hardly varies is constant is decided by the sums' error.
+    varies = np.nan_to_num(np.nanmax(pooled, 0, initial=-9999) - np.nanmin(pooled, 0, initial=9999))
+    clear = (varies <= 0) | (varies > 1e-4 * ANALYSED.widths)
+    fits = [
+        lambda s, rows: standard(s, rows, ANALYSED, minimum=1),
+        lambda s, rows: min_max(s, rows, ANALYSED, minimum=1),
+        lambda s, rows: equal_frequency(s, rows, ANALYSED, 3, minimum=1),
+    ]
+    if not np.isnan(pooled).all(axis=0).any():
+        fits.append(lambda s, rows: imputation(s, rows, ANALYSED, "median", minimum=1))
+    for fit in fits:
+        alone, fitted = fit(Alone(), pooled), together(parts, fit)
+        there, expected = fitted.apply(pooled), alone.apply(pooled)
+        np.testing.assert_array_equal(np.isnan(there), np.isnan(expected))
+        np.testing.assert_allclose(there[:, clear], expected[:, clear], rtol=1e-3, atol=2e-3)
 
 
 def test_rows_of_other_columns_are_refused():
