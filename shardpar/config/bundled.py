@@ -116,3 +116,25 @@ def find_data(written: str, folder: str | None, *, patterns: bool = False) -> st
     where = " or ".join(dict.fromkeys(os.path.abspath(f) for f in (folder or "", "")))
     kind = "no file matches" if patterns and glob.has_magic(written) else "there is no file"
     raise ValueError(f"{kind} {written!r} in {where}")
+
+
+def find_folder(written: str, folder: str | None) -> str:
+    """Finds a folder of data that must exist before a run starts.
+
+    Args:
+      written: the path as written.
+      folder: as for `find_file`.
+
+    Returns:
+      The absolute path.
+
+    Raises:
+      ValueError: nothing is there, or a file is.
+    """
+    found = find_file(written, folder)
+    if found is None:
+        where = " or ".join(dict.fromkeys(os.path.abspath(f) for f in (folder or "", "")))
+        raise ValueError(f"there is no folder {written!r} in {where}")
+    if not os.path.isdir(found):
+        raise ValueError(f"{written!r} is no folder; name the one that holds offsets.npy")
+    return os.path.abspath(found)

@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shardpar.config.bindings import COMMAND_LINE, Binding, Place, config_error
-from shardpar.config.bundled import bundled_models, demo_config, find_data
+from shardpar.config.bundled import bundled_models, demo_config, find_data, find_folder
 from shardpar.config.files import read_config_file
 from shardpar.config.keys import nearest
 from shardpar.config.model_source import ModelOptions, find_model, read_model_options
 from shardpar.config.rules import check
 from shardpar.config.schema import (
-    CONFIGS,
+    FEDERATED,
     AnyConfig,
+    FederatedConfig,
     ModelConfig,
     RunConfig,
+    config_class,
     field_hints,
     section_classes,
 )
@@ -88,6 +90,11 @@ def load(
     (50, 6, None)
     """
     config = load_any(path, overrides, find_files=find_files)
+    if isinstance(config, FederatedConfig):
+        raise ConfigError(
+            f"{path or 'the config'} is of a federation, which has no plan; `shardpar train` takes "
+            "it, this does not"
+        )
     if not isinstance(config, RunConfig):
         raise ConfigError(
             f"{path or 'the config'}: model.source={config.model.source} trains tables and has no "
@@ -102,17 +109,23 @@ def load_any(
     *,
     find_files: bool = True,
 ) -> AnyConfig:
-    """As `load`, whatever the model is trained by: its file says which sections there are.
+    """As `load`, whatever the model is trained by.
+
+    Which sections there are is said by the model's file; for one that is planned, a key
+    `federated.*` makes the run one of a federation.
 
     >>> load_any("configs/fm.gin", ["table.learning_rate=0.1"]).table.learning_rate
     0.1
+    >>> load_any("configs/fedavg.gin", ["federated.rounds=3"]).federated.rounds
+    3
     """
     file = str(demo_config()) if path is None else os.fspath(path)
     document = read_config_file(file)
     findings = _Findings(problems=list(document.problems))
     raw = list(_split(overrides, findings))
     source, options = _model(file, [*document.bindings, *raw], findings)
-    kind = CONFIGS[options.trains if options else "plan"]
+    bound = {binding.section for binding in (*document.bindings, *raw)}
+    kind = config_class(options.trains if options else "plan", bound)
     sections = section_classes(kind)
     hints: dict[str, Mapping[str, Any]] = {
         "model": {"source": str, **(options.hints if options else {})},
@@ -121,7 +134,7 @@ def load_any(
     bindings = {b.name: b for b in (*document.bindings, *_parse(raw, hints, findings))}
     _judge(bindings.values(), hints, options is not None, findings)
     if find_files:
-        _find_files(findings)
+        _find_files(findings, folders=kind is FederatedConfig)
     config = kind(
         model=ModelConfig(source, _model_values(file, options, findings) if options else ()),
         **{name: cls(**findings.values.get(name, {})) for name, cls in sections.items()},
@@ -232,7 +245,7 @@ def _unknown_section(binding: Binding, hints: Hints) -> str:
     near = nearest(binding.section, binding.key, hints)
     if binding.section:
         text = f"there is no section {binding.section} (got {binding.name} = {got})"
-        sections = difflib.get_close_matches(binding.section, hints, n=1)
+        sections = difflib.get_close_matches(binding.section, {*hints, FEDERATED}, n=1)
         near = near or tuple(f"section {name}" for name in sections)
     elif binding.key in hints:
         return f"{binding.key} is a section (got {got}); write its keys one by one below it"
@@ -255,8 +268,8 @@ def _advise(text: str, near: Sequence[str], allowed: str) -> str:
     return f"{text}; did you mean {near[0]}? ({allowed})" if near else f"{text}; {allowed}"
 
 
-def _find_files(findings: _Findings) -> None:
-    """Makes the paths of files that must exist absolute."""
+def _find_files(findings: _Findings, *, folders: bool) -> None:
+    """Makes the paths of files that must exist absolute; data may be in `folders` instead."""
     for name in _PATHS:
         section, _, key = name.partition(".")
         written = findings.values.get(section, {}).get(key)
@@ -267,7 +280,9 @@ def _find_files(findings: _Findings) -> None:
                 continue
             try:
                 found = (
-                    tuple(one if one is None else find_data(one, folder) for one in written)
+                    find_folder(written, folder)
+                    if folders
+                    else tuple(one if one is None else find_data(one, folder) for one in written)
                     if isinstance(written, tuple)
                     else find_data(written, folder, patterns=patterns)
                 )

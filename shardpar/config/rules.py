@@ -10,7 +10,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from shardpar.config.schema import AnyConfig, RunConfig, SparseConfig
+from shardpar.config.federated_rules import federated_rules
+from shardpar.config.schema import AnyConfig, FederatedConfig, RunConfig, SparseConfig
 
 _BYTE_VOCABULARY = 256
 _PINS = (
@@ -51,6 +52,8 @@ def check(config: AnyConfig) -> tuple[Conflict, ...]:
     """
     if isinstance(config, SparseConfig):
         return tuple(_table_rules(config))
+    if isinstance(config, FederatedConfig):
+        return tuple(Conflict(keys, text) for keys, text in federated_rules(config))
     rules = (
         _data_rules, _bucket_rules, _model_rules, _schedule_rules, _train_rules, _plan_rules,
     )  # fmt: skip

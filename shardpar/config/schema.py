@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, get_type_hints
 
 from shardpar.config.values import Plain
+from shardpar.fl.options import (
+    FederatedDataOptions,
+    FederatedOptions,
+    FederatedTrainOptions,
+    NetOptions,
+)
+from shardpar.fl.privacy_options import PrivacyOptions
+from shardpar.fl.secagg_options import SecAggOptions
 from shardpar.lowering.options import ProgramOptions
 from shardpar.planner.options import ReplanOptions, SearchOptions, StragglerOptions
 from shardpar.ps.data.options import SparseDataOptions
@@ -75,10 +84,39 @@ class SparseConfig:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
 
 
-AnyConfig = RunConfig | SparseConfig
+@dataclass(frozen=True)
+class FederatedConfig:
+    """All of a federation, simulated or deployed: what a config with a key `federated.*` is for."""
 
-CONFIGS: dict[str, type[AnyConfig]] = {"plan": RunConfig, "tables": SparseConfig}
+    model: ModelConfig = field(default_factory=lambda: ModelConfig("mlp"))
+    data: FederatedDataOptions = field(default_factory=FederatedDataOptions)
+    federated: FederatedOptions = field(default_factory=FederatedOptions)
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
+    secagg: SecAggOptions = field(default_factory=SecAggOptions)
+    net: NetOptions = field(default_factory=NetOptions)
+    train: FederatedTrainOptions = field(default_factory=FederatedTrainOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+
+
+AnyConfig = RunConfig | SparseConfig | FederatedConfig
+
+CONFIGS: dict[str, type[RunConfig] | type[SparseConfig]] = {
+    "plan": RunConfig,
+    "tables": SparseConfig,
+}
 """By what a model file says it TRAINS; one that says nothing is planned."""
+
+FEDERATED = "federated"
+"""The section that makes a config of a planned model one of a federation."""
+
+
+def config_class(trains: str, sections: Collection[str]) -> type[AnyConfig]:
+    """What a config is, from what its model TRAINS and the sections it has keys of.
+
+    >>> config_class("plan", {"model", "federated"}).__name__
+    'FederatedConfig'
+    """
+    return FederatedConfig if FEDERATED in sections and trains == "plan" else CONFIGS[trains]
 
 
 def section_classes(config: type[AnyConfig] = RunConfig) -> dict[str, type]:

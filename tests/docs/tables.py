@@ -15,7 +15,7 @@ from typing import Any
 import shardpar
 from shardpar.config.bundled import bundled_models
 from shardpar.config.model_source import read_model_options
-from shardpar.config.schema import SparseConfig, field_hints, section_classes
+from shardpar.config.schema import FederatedConfig, SparseConfig, field_hints, section_classes
 from shardpar.config.values import allowed, show
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +41,11 @@ def tables() -> dict[Path, dict[str, str]]:
         | {
             f"tables {name}": _section(cls)
             for name, cls in section_classes(SparseConfig).items()
+            if name != "checkpoint"
+        },
+        REFERENCE / "federated.md": {
+            f"federation {name}": _section(cls)
+            for name, cls in section_classes(FederatedConfig).items()
             if name != "checkpoint"
         },
         REFERENCE / "cli.md": {
