@@ -22,6 +22,7 @@ Value = Annotated[str, Meta(max_length=65536)]
 Tensors = dict[Key, Tensor]
 
 HELLO = "hello"
+STOPPED = "stopped"
 
 
 class Hello(Message):
