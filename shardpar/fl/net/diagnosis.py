@@ -1,0 +1,107 @@
+"""Explains why a connection failed, where gRPC only says that a peer is unavailable.
+
+It repeats the first steps of a connection with Python's own `ssl`, which says what went wrong.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from shardpar.fl.net.addresses import split_address
+from shardpar.fl.net.keys import PartyKeys, tls_name
+
+_ALERTS = {
+    "CERTIFICATE_REQUIRED": "does not let {party} in without a certificate",
+    "CERTIFICATE_EXPIRED": "says that the certificate of {party} has expired",
+    "UNKNOWN_CA": "does not trust the authority that issued the certificate of {party}",
+    "BAD_CERTIFICATE": "refuses the certificate of {party}",
+    "DECRYPT_ERROR": "does not trust the authority that issued the certificate of {party}",
+    "UNSUPPORTED_CERTIFICATE": "refuses the kind of certificate that {party} has",
+}
+_GRACE_S = 0.5
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Why a peer cannot be spoken with.
+
+    Attributes:
+      reason: for people.
+      lasting: whether only a person can put it right.
+    """
+
+    reason: str
+    lasting: bool
+
+
+def diagnose(address: str, peer: str, keys: PartyKeys, timeout_s: float = 5.0) -> Diagnosis | None:
+    """Connects and shakes hands; None if that works.
+
+    Args:
+      address: "host:port" of the peer.
+      peer: whom its certificate must name.
+      keys: of this party.
+      timeout_s: for each step.
+    """
+    try:
+        with socket.create_connection(split_address(address), timeout=timeout_s) as plain:
+            return _shake_hands(plain, address, peer, keys)
+    except socket.gaierror as error:
+        return Diagnosis(f"the host of {address} is not known: {error.strerror}", lasting=False)
+    except ConnectionRefusedError:
+        return Diagnosis(f"nothing listens at {address}", lasting=False)
+    except OSError as error:
+        return Diagnosis(f"{address} cannot be reached: {error}", lasting=False)
+
+
+def _shake_hands(
+    plain: socket.socket, address: str, peer: str, keys: PartyKeys
+) -> Diagnosis | None:
+    context = ssl.create_default_context(cadata=keys.ca.decode("ascii", "replace"))
+    context.set_alpn_protocols(["h2"])
+    shown = _show_certificate(context, keys)
+    try:
+        with context.wrap_socket(plain, server_hostname=tls_name(peer)) as secured:
+            # In TLS 1.3 a server judges the client's certificate after the client is done.
+            secured.settimeout(_GRACE_S)
+            secured.recv(1)
+    except ssl.SSLCertVerificationError as error:
+        return Diagnosis(
+            f"who answers at {address} cannot show that it is {peer}: {error.verify_message}",
+            lasting=True,
+        )
+    except ssl.SSLError as error:
+        for alert, words in _ALERTS.items():
+            if alert in (error.reason or "") and (shown or alert != "CERTIFICATE_REQUIRED"):
+                said = words.format(party=keys.party)
+                return Diagnosis(f"{peer} at {address} {said}", lasting=True)
+        if "WRONG_VERSION" in (error.reason or ""):
+            return Diagnosis(f"who answers at {address} does not speak TLS", lasting=True)
+        return Diagnosis(f"the TLS handshake with {address} failed: {error}", lasting=False)
+    except TimeoutError:
+        return None
+    return None
+
+
+def _show_certificate(context: ssl.SSLContext, keys: PartyKeys) -> bool:
+    """Loads a party's certificate, which `ssl` takes from files only: they stay in memory."""
+    if not hasattr(os, "memfd_create"):
+        return False
+    with _memory_file(keys.certificate) as certificate, _memory_file(keys.key) as key:
+        context.load_cert_chain(certificate, key)
+    return True
+
+
+@contextmanager
+def _memory_file(content: bytes) -> Iterator[str]:
+    descriptor = os.memfd_create("pem")
+    try:
+        os.write(descriptor, content)
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
