@@ -374,9 +374,11 @@ class Coordinator:
         committed, attendance = self._committed, self._attendance
         reason = stopped or f"all {committed.round_} rounds are done"
 
+        params = tensors_of(self._state["params"])
+
         def stop(party: str) -> Message:
             included = committed.included.get(party)
-            return Stop(committed.run, included, committed.round_, reason[:4096])
+            return Stop(committed.run, included, committed.round_, reason[:4096], params)
 
         there = {party for party in self.job.parties if party in attendance}
         owed, told = there | set(committed.survivors), set[str]()

@@ -55,6 +55,7 @@ from shardpar.fl.secagg import run_client
 from shardpar.fl.secagg_session import Identity, Roster
 from shardpar.fl.stored import read_record, tensors_of, tree_of, write_record
 from shardpar.fl.streams import Randomness
+from shardpar.fl.task import Params
 from shardpar.run.lock import RunLock
 
 Tree = Any
@@ -104,10 +105,12 @@ class Ended:
     Attributes:
       rounds: that were committed, with it or without.
       reason: why there will be no more.
+      params: the model at the end; None if this party left before.
     """
 
     rounds: int
     reason: str
+    params: Params | None = None
 
 
 class SupersededError(Exception):
@@ -188,8 +191,10 @@ class Party:
             case Stop():
                 self._require_run(orders.run)
                 self._settle(orders.committed)
+                shapes = self.job.state_shapes["params"]
+                params = tree_of(orders.params, shapes, party=self._server)
                 self._send(STOPPED, Sent(0))
-                return Ended(orders.rounds, orders.reason)
+                return Ended(orders.rounds, orders.reason, params)
             case Train():
                 return self._train(orders)
         return None

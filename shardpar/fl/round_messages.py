@@ -83,12 +83,14 @@ class Stop(Message):
       committed: as in `Train`.
       rounds: that were committed.
       reason: why it ends.
+      params: the model as the last round left it.
     """
 
     run: Word
     committed: tuple[Count, Count] | None
     rounds: Count
     reason: Reason
+    params: Tensors
 
 
 class Orders(Message):
