@@ -6,57 +6,15 @@ does when it starts anew. Nobody whose terms differ is counted.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 from shardpar.errors import PartyError
+from shardpar.fl.attentive import LOOK_S, Returning, heard
 from shardpar.fl.channel import Channel
 from shardpar.fl.job import Job
 from shardpar.fl.messages import M, Message
 from shardpar.fl.round_messages import HELLO, Hello, Orders, Terms, orders_topic
-
-_LOOK_S = 1e-3
-
-
-@runtime_checkable
-class Returning(Protocol):
-    """A channel that tells when others have gone and have come back, as `net` has."""
-
-    def connected(self) -> frozenset[str]:
-        """Who is connected now."""
-        ...
-
-    def restarted(self) -> frozenset[str]:
-        """Whose process is another one now, and has not been accepted."""
-        ...
-
-    def accept_incarnation(self, peer: str) -> bool:
-        """Begins afresh with such a party."""
-        ...
-
-    def discard(self, sender: str, prefix: str) -> int:
-        """Drops what waits under such topics."""
-        ...
-
-
-def heard(channel: Channel, sender: str, topic: str, kind: type[M], wait_s: float) -> M | None:
-    """The next message of a topic, or None if none has come yet.
-
-    Raises:
-      PartyError: something came that is not of this kind, or nothing can come any more.
-    """
-    began = time.monotonic()
-    try:
-        return channel.receive(sender, topic, kind, wait_s)
-    except PartyError:
-        # An error that comes before the time is up is not silence.
-        if time.monotonic() - began < wait_s / 2:
-            if isinstance(channel, Returning) and sender in channel.restarted():
-                return None
-            raise
-        return None
 
 
 @dataclass
@@ -84,7 +42,7 @@ class Attendance:
         """Those of some parties who are not there."""
         return tuple(party for party in parties if party not in self._there)
 
-    def look(self, wait_s: float = _LOOK_S) -> tuple[str, ...]:
+    def look(self, wait_s: float = LOOK_S) -> tuple[str, ...]:
         """Takes the hellos that have come.
 
         Args:
@@ -126,7 +84,7 @@ class Attendance:
         """Counts parties as gone until they say hello again."""
         for party in lost:
             # What a dead process has said before it died is no sign of life.
-            self._newest(party, _LOOK_S)
+            self._newest(party, LOOK_S)
             self._there.pop(party, None)
 
     def heard(self, party: str, topic: str, kind: type[M], wait_s: float) -> M | None:
@@ -156,7 +114,7 @@ class Attendance:
         try:
             while True:
                 newest = self.channel.receive(party, HELLO, Hello, wait_s)
-                wait_s = _LOOK_S
+                wait_s = LOOK_S
         except PartyError:
             return newest
 

@@ -320,8 +320,7 @@ class Coordinator:
         except RunError:
             self._attendance.drop(dict.fromkeys(lost, ""))
             raise
-        clip = float(broadcast["clip"]) if job.noise is not None else 0.0
-        total = job.unmasked(aggregate.total, clip)
+        total = job.unmasked(aggregate.total, job.clip_of(broadcast))
         survivors = tuple(party for party in there if party in aggregate.survivors)
         return total, survivors, {**lost, **aggregate.dropped}
 

@@ -71,6 +71,16 @@ class Job:
         return self.net.parties
 
     @property
+    def is_ring(self) -> bool:
+        """Whether there is no aggregator."""
+        return self.net.topology == "ring"
+
+    @property
+    def pays_at_parties(self) -> bool:
+        """Whether each party's own ledger pays for its noise."""
+        return self.privacy.kind in ("local", "example")
+
+    @property
     def work(self) -> LocalWork:
         """What a client does in a round."""
         return LocalWork(self.federated.batch, self.federated.epochs, self.federated.seed)
@@ -84,6 +94,10 @@ class Job:
     def fewest(self) -> int:
         """With how many clients a round is still one; with fewer it is given up."""
         share = math.ceil(self.secagg.threshold * self.asked - 1e-9)
+        if self.is_ring:
+            # More than half, or two parts of a broken ring would go on by themselves; and of two,
+            # each would know the other's update.
+            return max(share, self.asked // 2 + 1, 3)
         return max(share, self.asked // 2 + 1 if self.secagg.enabled else 1)
 
     @property
@@ -179,6 +193,10 @@ class Job:
         session = Session.of(self.net.job, round_, cohort, self.words, options, attempt)
         return replace(session, threshold=max(session.threshold, self.required))
 
+    def clip_of(self, broadcast: Tree) -> float:
+        """The norm that updates of a round may have, where clients add noise; else 0."""
+        return 0.0 if self.noise is None else float(broadcast["clip"])
+
     def masked_words(self, update: Tree, clip: float) -> np.ndarray:
         """A client's update as the vector to be masked, uint32, with its part of the noise.
 
@@ -253,6 +271,8 @@ def job_of(
             "privacy.sampling_rate below 1 draws rounds of one client or none, whose sum would be "
             "no secret; write privacy.sampling_rate=1 with secagg.enabled"
         )
+    if net.topology == "ring":
+        _require_ring(federated, privacy, net)
     algorithm = _private(task, inner, federated, privacy, net, secagg, records)
     job = Job(task, algorithm, federated, privacy, secagg, net, shared)
     if job.secagg.enabled:
@@ -263,6 +283,21 @@ def job_of(
             )
         job.session(0, 0, tuple(sorted(parties)[: job.asked]))
     return job
+
+
+def _require_ring(federated: FederatedOptions, privacy: PrivacyOptions, net: NetOptions) -> None:
+    if len(net.parties) < 3:
+        raise ConfigError(
+            f"net.topology=ring with {len(net.parties)} parties: of two, each would know the "
+            "other's update from the sum; name 3 or more in net.parties"
+        )
+    if federated.cohort is not None:
+        raise ConfigError("a ring has all parties in every round; leave federated.cohort out")
+    if privacy.kind in ("central", "local"):
+        raise ConfigError(
+            f"privacy.kind={privacy.kind} is for rounds with an aggregator; in a ring write "
+            "distributed or example"
+        )
 
 
 def _private(

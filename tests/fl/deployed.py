@@ -1,4 +1,4 @@
-"""A deployed job between threads of one process, whose parties can be killed anywhere, for tests."""
+"""A deployed job between threads, whose parties can be killed anywhere, for tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flax import nnx
 
 from shardpar.fl import coordinator as coordinator_module
-from shardpar.fl import party as party_module
+from shardpar.fl import trainer as trainer_module
 from shardpar.fl.channel import LocalChannel, local_channels
 from shardpar.fl.coordinator import Coordinator
 from shardpar.fl.job import Job, job_of
@@ -148,7 +148,7 @@ def mortal_writes(monkeypatch):
         monkeypatch.setattr(module, "write_record", mortal)
 
     patch(coordinator_module)
-    patch(party_module)
+    patch(trainer_module)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import replace
 
@@ -9,14 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from shardpar.errors import CheckpointError, ConfigError, PartyError, RunError
 from shardpar.fl.clients import ClientData
 from shardpar.fl.cohort import LocalWork, sample_cohort
 from shardpar.fl.coordinator import Committed
 from shardpar.fl.simulate import simulation
-from shardpar.fl.stored import read_record, write_record
+from shardpar.fl.stored import read_record
 from tests.fl.deployed import (
-    NET,
     SCAFFOLD,
     SECAGG,
     SERVER,
@@ -26,7 +25,6 @@ from tests.fl.deployed import (
     mortal_writes,
     params_of,
     rows_of,
-    with_net,
 )
 
 assert mortal_writes
@@ -39,7 +37,7 @@ def simulated(job, rounds: int) -> np.ndarray:
     rows = [rows_of(party) for party in job.parties]
     arrays = {name: np.concatenate([r[name] for r in rows]) for name in rows[0]}
     ends = np.cumsum([0, *(len(r["x"]) for r in rows)])
-    parts = [np.arange(a, b) for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    parts = [np.arange(a, b) for a, b in itertools.pairwise(ends)]
     data = ClientData.of(arrays, parts)
     work = LocalWork(job.federated.batch, job.federated.epochs, job.federated.seed)
     sim = simulation(job.task, job.algorithm, work, devices=jax.devices()[:1])
@@ -105,5 +103,5 @@ def test_whoever_is_killed_at_whatever_moment_the_model_is_the_same(
             where = (at, lives.events[at : at + 1], federation.said)
             np.testing.assert_array_equal(params_of(outcome), expected, err_msg=f"{where}")
             committed = read_record(folder / SERVER / "committed", Committed)
-            assert committed.round_ == 2 and len(committed.survivors) == 3, where
+            assert (committed.round_, len(committed.survivors)) == (2, 3), where
     assert struck > len(moments(kind, process)) * 0.7
