@@ -11,6 +11,7 @@ from shardpar.fl.net.frames import Refusal
 
 _LOOKS_PER_SILENCE = 8
 _FAREWELL_S = 2.0
+_CLOSED = "this party closed its channel"
 
 
 @dataclass(eq=False)
@@ -47,7 +48,10 @@ class Connection:
 
 
 class Watch:
-    """A thread that ends connections on which nothing has come for `silence_s` seconds."""
+    """A thread that ends connections on which nothing has come for `silence_s` seconds.
+
+    Once it is stopped, it ends those that are left, and those that are added still.
+    """
 
     def __init__(self, silence_s: float) -> None:
         self._silence_s = silence_s
@@ -61,6 +65,8 @@ class Watch:
         """Watches a connection."""
         with self._lock:
             self._connections.add(connection)
+        if self._stopped.is_set():
+            connection.end(_CLOSED)
 
     def remove(self, connection: Connection) -> None:
         """Watches it no longer."""
@@ -68,9 +74,13 @@ class Watch:
             self._connections.discard(connection)
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Ends the thread and all connections."""
         self._stopped.set()
         self._thread.join()
+        with self._lock:
+            left = list(self._connections)
+        for connection in left:
+            connection.end(_CLOSED)
 
     def _look(self) -> None:
         while not self._stopped.wait(min(0.5, self._silence_s / _LOOKS_PER_SILENCE)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import secrets
@@ -19,7 +20,7 @@ from shardpar.fl.net.credentials import (
     dialling_credentials,
     dialling_options,
 )
-from shardpar.fl.net.diagnosis import diagnose
+from shardpar.fl.net.diagnosis import Diagnosis, diagnose
 from shardpar.fl.net.frames import Frame, Hello, Refusal
 from shardpar.fl.net.keys import PartyKeys
 from shardpar.fl.net.limits import Limits
@@ -52,6 +53,8 @@ class Dialler:
     ) -> None:
         self._peer, self._address, self._keys = peer, address, keys
         self._limits, self._watch = limits, watch
+        self._found: Diagnosis | None = None
+        self._alike = 0
         self._thread = threading.Thread(
             target=self._run, name=f"shardpar-dial-{peer.name}", daemon=True
         )
@@ -95,9 +98,7 @@ class Dialler:
                 while peer.take(connection, next(call)):
                     pass
             if connection.farewell is not None:
-                # What the peer says now is of no interest, but it must have time to hear why.
-                for _ in call:
-                    pass
+                self._listen_out(call)
         except StopIteration:
             pass
         except grpc.RpcError as error:
@@ -127,17 +128,28 @@ class Dialler:
             connection.refuse(refusal)
         return refusal is None
 
+    def _listen_out(self, call: Iterator[bytes]) -> None:
+        """Lets the peer hear why this end leaves; of what it says only its own reason matters."""
+        for raw in call:
+            with contextlib.suppress(PartyError):
+                body = decode(raw, Frame, party=self._peer.name).body
+                if isinstance(body, Refusal):
+                    self._peer.refused(body)
+
     def _explain(self, connection: Connection, error: grpc.RpcError, *, met: bool) -> None:
         if connection.why:
-            self._peer.fail(connection.why, lasting=False)
+            if connection.farewell is None:
+                self._peer.fail(connection.why, lasting=False)
             return
         details = error.details() if isinstance(error, grpc.Call) else str(error)
         if met:
             self._peer.lose(connection, str(details))
             return
         found = diagnose(self._address, self._peer.name, self._keys)
-        if found is None:
-            self._peer.fail(f"{self._address}: {details}", lasting=False)
-        else:
-            self._peer.fail(found.reason, lasting=found.lasting)
-        _LOG.info("dialling %s at %s failed: %s", self._peer.name, self._address, details)
+        found = found or Diagnosis(f"{self._address}: {details}")
+        if found != self._found:
+            self._found, self._alike = found, 0
+            _LOG.warning("%s cannot be dialled: %s", self._peer.name, found.reason)
+        self._alike += 1
+        after = found.lasting_after
+        self._peer.fail(found.reason, lasting=after is not None and self._alike >= after)

@@ -216,11 +216,11 @@ class GrpcChannel:
                 _LOG.warning("%s has not taken %d messages of %s", name, lacking, self.party)
         for peer in self._peers.values():
             peer.close()
+        self._watch.stop()
         for dialler in self._diallers:
             dialler.join()
         if self._listener is not None:
             self._listener.stop()
-        self._watch.stop()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Self:

@@ -20,7 +20,7 @@ from shardpar.fl.net.envelopes import Assembly, Envelope
 from shardpar.fl.net.frames import VERSION, Ack, Hello, Refusal
 from shardpar.fl.streams import joined
 
-OVERHEAD_BYTES = 1024
+OVERHEAD_BYTES = 2048
 """What a message costs beside its bytes, so that empty ones are not free."""
 
 
@@ -28,7 +28,7 @@ def cost_bytes(size: int) -> int:
     """How much of a window a message of `size` bytes takes.
 
     >>> cost_bytes(0)
-    1024
+    2048
     """
     return size + OVERHEAD_BYTES
 

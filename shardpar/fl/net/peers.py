@@ -123,7 +123,7 @@ class Peer:
         """
         with self.condition:
             while self._connection is None:
-                self._require_sense()
+                self._require_sense(away=False)
                 if not self._wait(deadline_s):
                     raise self._error(f"{self.name} is not connected{self._where}: {self._why}")
 
@@ -270,7 +270,7 @@ class Peer:
         with self.condition:
             self._why = f"{self.name} refuses {self.link.party}: {refusal.reason}"
             if refusal.lasting:
-                self._broken = self._why
+                self._broken = self._broken or self._why
             self.condition.notify_all()
         _LOG.warning("%s", self._why)
 
@@ -299,7 +299,7 @@ class Peer:
             return Refusal(f"{self.link.party} has closed its channel", lasting=False)
         if self._broken and not self.link.is_new(hello.incarnation):
             return Refusal(self._broken[:2000], lasting=True)
-        if self._connection is not None and not self.link.knows(hello.incarnation):
+        if self._connection is not None and self.link.is_new(hello.incarnation):
             return Refusal(
                 f"{self.link.party} is connected with another process of {self.name}; if that "
                 f"one died, this is noticed within {self._limits.silence_s:g} s",
@@ -333,7 +333,7 @@ class Peer:
             return False
         return self._connection is not None or self.link.outbound.kept > 0
 
-    def _require_sense(self, *, inbox_too: bool = True) -> None:
+    def _require_sense(self, *, inbox_too: bool = True, away: bool = True) -> None:
         """Raises PartyError when nothing can come from this peer, or go to it."""
         if self._closed or (self._closing and not inbox_too):
             raise self._error(f"the channel of {self.link.party} is closed")
@@ -346,7 +346,7 @@ class Peer:
             )
         if self.link.left:
             raise self._error(f"{self.name} has closed its channel")
-        if self._connection is None:
+        if away and self._connection is None:
             patience_s = self._limits.patience_s if self._met else self._limits.join_s
             away_s = time.monotonic() - self._lost_s
             if away_s >= patience_s:

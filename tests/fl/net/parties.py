@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from shardpar.fl.messages import Message
 from shardpar.fl.net.grpc_channel import GrpcChannel
@@ -33,17 +34,24 @@ class Note(Message):
     data: bytes = b""
 
 
-def listening(directory: Path, party: str = "agg", **changes) -> GrpcChannel:
+def listening(directory: Path | None, party: str = "agg", **changes) -> GrpcChannel:
     """A party that waits to be dialled."""
-    given = {"job": JOB, "keys": read_keys(directory, party), "listen": HERE, "limits": QUICK}
-    return GrpcChannel.open(party, PARTIES, **{**given, **changes})
+    keys = _keys(directory, party, changes)
+    given = {"job": JOB, "keys": keys, "listen": HERE, "limits": QUICK}
+    return GrpcChannel.open(party, changes.pop("order", None) or PARTIES, **{**given, **changes})
 
 
 def dialling(
-    directory: Path, party: str, address: str | None, *, peer: str = "agg", **changes
+    directory: Path | None, party: str, address: str | None, *, peer: str = "agg", **changes
 ) -> GrpcChannel:
     """A party that dials one other."""
-    keys: PartyKeys = changes.pop("keys", None) or read_keys(directory, party)
     assert address is not None
+    keys = _keys(directory, party, changes)
     given = {"job": JOB, "keys": keys, "dial": {peer: address}, "limits": QUICK}
-    return GrpcChannel.open(party, PARTIES, **{**given, **changes})
+    return GrpcChannel.open(party, changes.pop("order", None) or PARTIES, **{**given, **changes})
+
+
+def _keys(directory: Path | None, party: str, changes: dict[str, Any]) -> PartyKeys:
+    if directory is not None:
+        return read_keys(directory, party)
+    return changes.pop("keys")
