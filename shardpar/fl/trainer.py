@@ -155,7 +155,8 @@ class Trainer:
         record, prepared = self._record, self._prepared
         if record.of == committed:
             return
-        if prepared is not None and prepared.of == committed:
+        # Every attempt at a round begins with the same model, and so has the same outcome here.
+        if committed is not None and prepared is not None and prepared.of[0] == committed[0]:
             before = (record.of, record.kept)
             self._store(Kept(prepared.run, committed, prepared.kept, before))
         elif record.before is not None and record.before[0] == committed:

@@ -16,12 +16,15 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flax import nnx
 
 from shardpar.fl import coordinator as coordinator_module
+from shardpar.fl import ring_rounds as ring_module
+from shardpar.fl import roll_call as roll_call_module
 from shardpar.fl import trainer as trainer_module
 from shardpar.fl.channel import LocalChannel, local_channels
 from shardpar.fl.coordinator import Coordinator
 from shardpar.fl.job import Job, job_of
 from shardpar.fl.options import FederatedOptions, NetOptions
 from shardpar.fl.party import Party
+from shardpar.fl.ring_rounds import RingParty
 from shardpar.fl.privacy_options import PrivacyOptions
 from shardpar.fl.secagg_options import SecAggOptions
 from shardpar.fl.secagg_session import Identity
@@ -149,6 +152,8 @@ def mortal_writes(monkeypatch):
 
     patch(coordinator_module)
     patch(trainer_module)
+    patch(ring_module)
+    patch(roll_call_module)
 
 
 @dataclass
@@ -173,26 +178,26 @@ class Federation:
     evaluate: Callable = lambda *_: {}
 
     def __post_init__(self) -> None:
-        names = (self.job.net.aggregator, *self.job.parties)
+        names = self.names
         self.ends = local_channels(names)
         self.keys = {name: Ed25519PrivateKey.generate() for name in names}
         self.roster = {name: key.public_key() for name, key in self.keys.items()}
-        self.over = threading.Event()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.job.parties if self.job.is_ring else (SERVER, *self.job.parties)
 
     def run(self, timeout_s: float = 60.0):
-        """The aggregator's outcome; those of parties are in `outcomes`."""
-        names = (SERVER, *self.job.parties)
+        """The aggregator's outcome, or a ring's first party's; all are in `outcomes`."""
+        names = self.names
         threads = {n: threading.Thread(target=self._live, args=(n,), daemon=True) for n in names}
         for thread in threads.values():
             thread.start()
-        threads[SERVER].join(timeout_s)
-        assert not threads[SERVER].is_alive(), self.said
-        self.over.set()
         for name, thread in threads.items():
             if name not in self.down:
                 thread.join(timeout_s)
                 assert not thread.is_alive(), (name, self.said)
-        outcome = self.outcomes[SERVER]
+        outcome = self.outcomes[names[0]]
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
@@ -222,6 +227,13 @@ class Federation:
                 channel, self.jobs.get(name, self.job), self.folder / name, self.roster,
                 evaluate=self.evaluate,
                 report=lambda round_, row: self.rows.append({"round": round_, **row}),
+                say=self.said.append,
+            )  # fmt: skip
+        if self.job.is_ring:
+            return RingParty(
+                channel, self.jobs.get(name, self.job), rows_of(name), self.folder / name,
+                Identity(name, self.keys[name]), self.roster, evaluate=self.evaluate,
+                report=lambda round_, row: self.rows.append({"party": name, **row}),
                 say=self.said.append,
             )  # fmt: skip
         return Party(
