@@ -166,7 +166,7 @@ class RingParty:
         me, calls, agreed, mine = self.channel.party, self._calls, self._agreed, self._stand()
         known = {**calls.stands, me: mine}
         # Of equals the first leads; a fork ends with the later epoch.
-        leader = max(reversed(members), key=lambda p: (known[p][0], known[p][1] or (-1, -1)))
+        leader = max(members, key=lambda p: (known[p][0], known[p][1] or (-1, -1)))
         topic = f"whole/{calls.epoch}"
         if me == leader:
             whole = Whole(agreed.rounds, agreed.of, agreed.included, agreed.state)

@@ -24,8 +24,8 @@ from shardpar.fl.coordinator import Coordinator
 from shardpar.fl.job import Job, job_of
 from shardpar.fl.options import FederatedOptions, NetOptions
 from shardpar.fl.party import Party
-from shardpar.fl.ring_rounds import RingParty
 from shardpar.fl.privacy_options import PrivacyOptions
+from shardpar.fl.ring_rounds import RingParty
 from shardpar.fl.secagg_options import SecAggOptions
 from shardpar.fl.secagg_session import Identity
 from shardpar.fl.task import Task
