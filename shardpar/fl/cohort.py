@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -39,19 +39,37 @@ class LocalWork:
     seed: int = 0
 
 
+class Sizes(NamedTuple):
+    """What one device's part of a cohort is padded to.
+
+    Attributes:
+      slots: places for clients.
+      rows: of the arrays.
+      steps: of the longest order.
+    """
+
+    slots: int = 1
+    rows: int = 1
+    steps: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class Cohort:
     """The clients of one round on `devices` devices, each with `slots` places for clients.
 
     Attributes:
       clients: int64 [devices * slots]; -1 is a place without a client.
+      places: int64 [devices * slots]; which of the clients that were asked for each is, or -1.
       arrays: each [devices * rows, ...].
       order: int32 [devices * slots, steps, batch]: rows of the device's part of `arrays`.
+      sizes: of each device's part.
     """
 
     clients: np.ndarray
+    places: np.ndarray
     arrays: dict[str, np.ndarray]
     order: np.ndarray
+    sizes: Sizes
 
     @property
     def count(self) -> int:
@@ -81,6 +99,17 @@ def sample_cohort(population: int, size: int | None, *, seed: int, round_: int) 
     return np.sort(draw.choice(population, size, replace=False))
 
 
+def sample_each(population: int, rate: float, *, seed: int, round_: int) -> np.ndarray:
+    """Clients each of which is drawn by itself with a probability, int64, ascending.
+
+    >>> sample_each(4, 1.0, seed=0, round_=0).tolist()
+    [0, 1, 2, 3]
+    """
+    key = np.array([seed, _OF_COHORTS | round_], np.uint64)
+    draw = np.random.Generator(np.random.Philox(key=key))
+    return np.flatnonzero(draw.random(population) < rate)
+
+
 def bucketed(size: int) -> int:
     """The size rounded up to one of eight per doubling, so by an eighth at most.
 
@@ -96,9 +125,10 @@ def pack(
     clients: Sequence[int] | np.ndarray,
     work: LocalWork,
     *,
-    round_: int,
+    round_: int | Sequence[int],
     devices: int = 1,
     multiple: int = 1,
+    least: Sizes | None = None,
 ) -> Cohort:
     """Reads the clients' rows and lays them out.
 
@@ -106,10 +136,12 @@ def pack(
       data: of all clients.
       clients: of this round, in the order in which they are added up.
       work: batch and epochs.
-      round_: from 0; decides the order of examples.
+      round_: from 0; decides the order of examples. One for each client if they differ.
       devices: among which clients are dealt, those with most steps first, to and fro. One device
         keeps them in their order.
       multiple: the places of a device are a multiple of it.
+      least: sizes that are not gone below, such as those of the round before, whose program then
+        does for this one too.
 
     Raises:
       DataError: a client is not in the data.
@@ -120,44 +152,48 @@ def pack(
             f"a round asks for client {int(chosen.max())}, and the data are of {data.clients} "
             "clients, counted from 0"
         )
-    dealt = _dealt(chosen, data.counts[chosen], devices, ordered=multiple == 1)
-    slots = -(-bucketed(max(map(len, dealt))) // multiple) * multiple
-    counts = [data.counts[part] for part in dealt]
-    rows = bucketed(max(1, *(int(part.sum()) for part in counts)))
+    least = least or Sizes()
+    rounds = np.broadcast_to(np.asarray(round_, np.int64), chosen.shape)
+    dealt = _dealt(data.counts[chosen], devices, ordered=multiple == 1)
+    slots = -(-bucketed(max(least.slots, *map(len, dealt))) // multiple) * multiple
+    counts = [data.counts[chosen[part]] for part in dealt]
+    rows = bucketed(max(least.rows, *(int(part.sum()) for part in counts)))
     most = max((int(part.max(initial=0)) for part in counts), default=0)
-    steps = max(1, bucketed(work.epochs * -(-most // work.batch)))
+    steps = bucketed(max(least.steps, work.epochs * -(-most // work.batch)))
     order = np.full((devices, slots, steps, work.batch), -1, np.int32)
-    ids = np.full((devices, slots), -1, np.int64)
+    ids, places = np.full((2, devices, slots), -1, np.int64)
     arrays = {
         name: np.zeros((devices, rows, *array.shape[1:]), array.dtype)
         for name, array in data.fields.items()
     }
     for d, part in enumerate(dealt):
-        ids[d, : len(part)] = part
-        for name, array in data.rows_of(part).items():
+        places[d, : len(part)] = part
+        ids[d, : len(part)] = chosen[part]
+        for name, array in data.rows_of(chosen[part]).items():
             arrays[name][d, : len(array)] = array
         begin = 0
-        for slot, (client, count) in enumerate(zip(part, counts[d], strict=True)):
+        for slot, (place, count) in enumerate(zip(part, counts[d], strict=True)):
             own = order_of(
-                int(count), batch=work.batch, epochs=work.epochs, seed=work.seed, round_=round_,
-                client=int(client),
+                int(count), batch=work.batch, epochs=work.epochs, seed=work.seed,
+                round_=int(rounds[place]), client=int(chosen[place]),
             )  # fmt: skip
             order[d, slot, : len(own)] = np.where(own < 0, -1, own + begin)
             begin += int(count)
     return Cohort(
         ids.reshape(-1),
+        places.reshape(-1),
         {name: array.reshape(-1, *array.shape[2:]) for name, array in arrays.items()},
         order.reshape(-1, steps, work.batch),
+        Sizes(slots, rows, steps),
     )
 
 
-def _dealt(
-    clients: np.ndarray, counts: np.ndarray, devices: int, *, ordered: bool
-) -> list[np.ndarray]:
+def _dealt(counts: np.ndarray, devices: int, *, ordered: bool) -> list[np.ndarray]:
+    """For each device which of the clients it gets."""
     if devices == 1 and ordered:
-        return [clients]
+        return [np.arange(len(counts))]
     # Clients with about as many steps stand beside each other, and run in one chunk.
-    longest = clients[np.argsort(-counts, kind="stable")]
+    longest = np.argsort(-counts, kind="stable")
     lap = np.concatenate([np.arange(devices), np.arange(devices)[::-1]])
     whose = np.resize(lap, len(longest))
     return [longest[whose == d] for d in range(devices)]

@@ -107,6 +107,23 @@ def shards(labels: np.ndarray, parties: int, *, each: int, seed: int) -> Parts:
     return tuple(np.sort(np.concatenate([cut[i] for i in hand])) for hand in dealt)
 
 
+def held_out(examples: int, share: float, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows that are held out, int64 each, ascending.
+
+    Args:
+      examples: how many there are.
+      share: of them held out, rounded to whole ones.
+      seed: of the draw.
+
+    >>> train, held = held_out(10, 0.2, seed=0)
+    >>> len(train), len(held), sorted([*train.tolist(), *held.tolist()]) == list(range(10))
+    (8, 2, True)
+    """
+    order = np.random.default_rng([seed, 4]).permutation(examples)
+    count = round(examples * share)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
 def _require_enough(examples: int, needed: int) -> None:
     if examples < needed:
         raise DataError(

@@ -6,7 +6,7 @@ came, in client order, and `server_update`. `simulate` runs many clients in one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,31 @@ def client_update(
       examples: its own; see `examples.order_of`.
     """
     return algorithm.client(task, broadcast, kept, examples)
+
+
+def message_shapes(
+    task: Task, algorithm: Algorithm, params: Any, fields: Mapping[str, np.ndarray]
+) -> Tree:
+    """Shapes of what a client sends, which all parties know before it does; nothing is computed.
+
+    Args:
+      task: the model and its loss.
+      algorithm: whose client this is.
+      params: the global model, or its shapes.
+      fields: of examples, [rows, ...] each; how many rows makes no difference.
+    """
+    arrays = {
+        name: jax.ShapeDtypeStruct((1, *field.shape[1:]), field.dtype)
+        for name, field in fields.items()
+    }
+    examples = Examples(arrays, jax.ShapeDtypeStruct((1, 1), np.int32))
+
+    def client(params: Any, examples: Examples) -> Tree:
+        state = algorithm.server_init(params)
+        kept = algorithm.client_init(params)
+        return algorithm.client(task, algorithm.broadcast(state), kept, examples)[0]
+
+    return jax.eval_shape(client, params, examples)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -52,3 +53,12 @@ class SecAggOptions:
             )
         if self.neighbours is not None and self.neighbours < 2:
             raise ConfigError(f"secagg neighbours {self.neighbours} must be 2 or more, or null")
+
+    def stay_to_the_end(self, clients: int) -> int:
+        """How many of a round's clients must, in clients.
+
+        >>> SecAggOptions(threshold=0.75).stay_to_the_end(4)
+        3
+        """
+        # 2 / 3 of 6 is 4, not 5 by a rounding error.
+        return max(clients // 2 + 1, math.ceil(self.threshold * clients - 1e-9))

@@ -76,8 +76,7 @@ class Session:
         3
         """
         clients = len(cohort)
-        # 2 / 3 of 6 is 4, not 5 by a rounding error.
-        threshold = max(clients // 2 + 1, math.ceil(options.threshold * clients - 1e-9))
+        threshold = options.stay_to_the_end(clients)
         return cls(
             job, round_, tuple(sorted(cohort)), words, threshold, options.neighbours, attempt
         )

@@ -85,15 +85,19 @@ class PrivateSGD:
     ) -> tuple[Tree, Tree]:
         """DP-SGD from the global model; every client with records has the same weight."""
         start = broadcast["params"]
-        rows = next(iter(examples.arrays.values())).shape[0]
-        real = jnp.max(examples.order, initial=-1) + 1
+        # Other clients' rows may lie around its own, of which the order names each.
+        rows = min(next(iter(examples.arrays.values())).shape[0], examples.order.size)
+        end = jnp.max(examples.order, initial=-1) + 1
+        begin = jnp.min(jnp.where(examples.order < 0, end, examples.order), initial=end)
+        real = end - begin
         capacity = sample_capacity(rows, self.sampling_rate)
         draw, add_noise = self._secure(rows) if self.noise == "secure" else self._simulated(rows)
         key = self._key(broadcast["round"], examples.order)
 
         def step(params: Params, at: jax.Array) -> tuple[Params, None]:
             chosen = jnp.nonzero(draw(key, at, real), size=capacity, fill_value=-1)[0]
-            sum_ = clipped_gradients(task, params, examples, chosen, self.clip)
+            own = jnp.where(chosen < 0, -1, chosen + begin)
+            sum_ = clipped_gradients(task, params, examples, own, self.clip)
             noisy = add_noise(key, at, sum_)
             scale = self.learning_rate / (self.sampling_rate * self.records)
             return jax.tree.map(lambda p, g: p - scale * g, params, noisy), None

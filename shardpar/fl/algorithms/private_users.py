@@ -36,12 +36,15 @@ class PrivateUsers:
       mechanism: what is promised.
       clip: the norm updates may have, at first if it adapts.
       simulated_seed: of a simulation's noise; None in deployment, where `server` adds none.
+      simulated_spread: by how much that noise is wider than the mechanism's: under distributed and
+        local privacy every client adds some, and their sum has all of it.
     """
 
     inner: Algorithm
     mechanism: UserMechanism
     clip: float = 1.0
     simulated_seed: int | None = None
+    simulated_spread: float = 1.0
     aggregate: ClassVar[Literal["sum", "each"]] = "sum"
 
     def __post_init__(self) -> None:
@@ -83,8 +86,9 @@ class PrivateUsers:
         if self.simulated_seed is not None:
             key = jax.random.fold_in(jax.random.key(self.simulated_seed), round_)
             for_update, for_count = jax.random.split(key)
-            update = simulated_noise(for_update, update, mechanism.update_multiplier * clip)
-            within = simulated_noise(for_count, within, mechanism.sigma_count)
+            unit, spread = mechanism.update_multiplier * clip, self.simulated_spread
+            update = simulated_noise(for_update, update, spread * unit)
+            within = simulated_noise(for_count, within, spread * mechanism.sigma_count)
         expected = jnp.float32(mechanism.clients)
         inner_total = {**update, "weight": expected, "loss": jnp.float32(0)}
         inner = self.inner.server(_inner(state), inner_total, expected)
