@@ -6,11 +6,10 @@ import hashlib
 import json as json_format
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import msgspec
 import numpy as np
 
@@ -18,13 +17,14 @@ from shardpar.config.model_source import build_options, find_model, load_model_s
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import FederatedConfig
 from shardpar.errors import ConfigError, DataError, RunError, UserError
-from shardpar.fl.datasets import open_clients
+from shardpar.fl.evaluation import Evaluation
 from shardpar.fl.job import Job, job_of
 from shardpar.fl.net.addresses import dialled
 from shardpar.fl.net.grpc_channel import GrpcChannel
 from shardpar.fl.net.keys import read_keys
 from shardpar.fl.net.limits import Limits
-from shardpar.fl.options import NetOptions
+from shardpar.fl.options import FederatedDataOptions, NetOptions
+from shardpar.fl.population import Population, population
 from shardpar.fl.task import Task
 from shardpar.run.durable import write_atomically
 
@@ -71,14 +71,16 @@ def federation_of(config: FederatedConfig) -> tuple[Job, Any]:
     module = load_model_source(find_model(config.model.source))
     options = build_options(module, config.model)
     task = Task.of(lambda rngs: module.build(options, rngs), module.loss)
+    records = _records(config)
+    terms = {**shared_terms(config), "records of a client": _text(records)}
     job = job_of(
         task,
         config.federated,
         config.privacy,
         config.secagg,
         config.net,
-        shared_terms(config),
-        records=_records(config),
+        terms,
+        records=records,
     )
     return job, module
 
@@ -162,7 +164,7 @@ def rows_of(config: FederatedConfig, party: str) -> dict[str, np.ndarray]:
       DataError: there are none, or the folder is of other parties.
     """
     number = config.net.parties.index(party)
-    data, _ = open_clients(config.data)
+    data = _population(config.data).data
     if data.clients == len(config.net.parties):
         return data.of_client(number)
     if data.clients == 1:
@@ -178,21 +180,17 @@ def evaluator(
     config: FederatedConfig, job: Job, module: Any
 ) -> Callable[[Any, int], dict[str, float]]:
     """What measures the server's model on held-out examples after a round; nothing without any."""
-    held = open_clients(config.data)[1]
-    if held is None or not hasattr(module, "predict"):
+    held = _population(config.data).held
+    if held is None:
         return lambda *_: {}
-
-    @jax.jit
-    def right(params: Any, batch: Any) -> Any:
-        model = job.task.model.merge(params, job.task.rest)
-        return jnp.mean(jnp.argmax(module.predict(model, batch), axis=-1) == batch["labels"])
+    evaluation = Evaluation(job.task, held, getattr(module, "predict", None))
 
     def evaluate(state: Any, round_: int) -> dict[str, float]:
         last = round_ == job.federated.rounds
         every = config.train.eval_every
         if not last and (every == 0 or round_ % every):
             return {}
-        return {"accuracy": float(right(state["params"], held))}
+        return evaluation(state["params"])
 
     return evaluate
 
@@ -208,8 +206,15 @@ def write_model(folder: Path, params: Mapping[str, Any]) -> Path:
 def _records(config: FederatedConfig) -> int | None:
     if config.privacy.kind != "example":
         return None
-    data, _ = open_clients(config.data)
-    return max(1, round(float(np.mean(data.counts))))
+    if config.data.format == "digits":
+        return round(float(_population(config.data).data.counts.mean()))
+    # No party sees how many others have; a step draws a batch, on average.
+    return max(1, round(config.federated.batch / config.privacy.sampling_rate))
+
+
+@lru_cache(maxsize=1)
+def _population(options: FederatedDataOptions) -> Population:
+    return population(options)
 
 
 def _text(value: Any) -> str:

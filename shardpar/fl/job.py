@@ -93,12 +93,9 @@ class Job:
     @property
     def fewest(self) -> int:
         """With how many clients a round is still one; with fewer it is given up."""
-        share = math.ceil(self.secagg.threshold * self.asked - 1e-9)
-        if self.is_ring:
-            # More than half, or two parts of a broken ring would go on by themselves; and of two,
-            # each would know the other's update.
-            return max(share, self.asked // 2 + 1, 3)
-        return max(share, self.asked // 2 + 1 if self.secagg.enabled else 1)
+        # More than half, or two parts of a broken ring would go on by themselves; and of two in a
+        # ring each would know the other's update.
+        return max(self.secagg.stay_to_the_end(self.asked), 3 if self.is_ring else 1)
 
     @property
     def required(self) -> int:
@@ -322,7 +319,7 @@ def _private(
             privacy.clip,
             privacy.noise_multiplier or 1.0,
             privacy.sampling_rate,
-            federated.epochs * -(-records // federated.batch),
+            federated.epochs * math.ceil(1 / privacy.sampling_rate),
             1.0 if federated.server_learning_rate is None else federated.server_learning_rate,
         )
         noise = example_noise(privacy, algorithm, rounds=rounds, dims=_size(params))
