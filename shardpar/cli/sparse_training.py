@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -17,7 +17,6 @@ import jax
 import numpy as np
 
 from shardpar.capture.model import abstract_model
-from shardpar.cli.arguments import read_any_config
 from shardpar.cli.planning import use_devices
 from shardpar.cli.signals import asked_by_signal
 from shardpar.cli.tables import console, print_json
@@ -50,21 +49,6 @@ from shardpar.run.report import write_report
 
 _SAMPLED_BATCHES = 8
 _TABLE_SHARE = 0.8
-
-
-def stored(path: str, overrides: Sequence[str]) -> SparseConfig | None:
-    """The config of a run that goes on, if it trains tables."""
-    directory = RunDirectory.existing(Path(path))
-    try:
-        config = load_any(str(directory.config_yaml), find_files=False)
-    except ConfigError:
-        return None
-    if not isinstance(config, SparseConfig):
-        return None
-    given = [str(directory.config_yaml), *overrides]
-    found, _ = read_any_config(given, {"train.run_dir": str(directory.path)})
-    assert isinstance(found, SparseConfig)
-    return found
 
 
 def train(

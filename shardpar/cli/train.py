@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from shardpar.cli.arguments import ConfigAndOverrides, Devices, Json, PlanFile, read_any_config
 from shardpar.cli.later import later
-from shardpar.config.schema import SparseConfig
+from shardpar.cli.stored import stored_without_plan
+from shardpar.config.schema import FederatedConfig, RunConfig, SparseConfig
 from shardpar.errors import UserError
 from shardpar.run.rendezvous import find
 from shardpar.run.supervised import STANDBY, wait_for_turn
@@ -85,6 +87,8 @@ def train(
 
         shardpar train configs/deepfm.gin data.path=train.ffm data.eval_path=test.ffm
 
+        shardpar train configs/fedavg.gin federated.algorithm=scaffold
+
         shardpar train configs/gpt.gin --coordinator node1:1234 --processes 2 --process 0
     """
     ahead = None
@@ -110,10 +114,10 @@ def train(
                 f"--resume {resume} goes on with the config of that run; drop {config[0]}, or "
                 f"write: shardpar train {config[0]} --run-dir {resume}"
             )
-        tables = later("sparse_training").stored(resume, config or ())
-        if tables is not None:
-            _refuse_for_tables(supervise, where is not None, plan)
-            later("sparse_training").train(tables, resume, devices, json=json, dry_run=dry_run)
+        kept = stored_without_plan(resume, config or ())
+        if kept is not None:
+            trainer = _without_plan(kept, supervise, where is not None, plan)
+            trainer.train(kept, Path(resume).name, devices, json=json, dry_run=dry_run)
             return
         if supervise:
             stored, name = later("supervising").stored_config(resume, config or ())
@@ -128,9 +132,9 @@ def train(
         )  # fmt: skip
         return
     loaded, name = read_any_config(config, {"plan.file": plan, "train.run_dir": run_dir})
-    if isinstance(loaded, SparseConfig):
-        _refuse_for_tables(supervise, where is not None, plan)
-        later("sparse_training").train(loaded, name, devices, json=json, dry_run=dry_run)
+    if not isinstance(loaded, RunConfig):
+        trainer = _without_plan(loaded, supervise, where is not None, plan)
+        trainer.train(loaded, name, devices, json=json, dry_run=dry_run)
         return
     if supervise:
         code = later("supervising").supervise(
@@ -141,17 +145,27 @@ def train(
     later("training").train(loaded, name, devices=devices, where=where, json=json, dry_run=dry_run)
 
 
-def _refuse_for_tables(supervise: bool, several: bool, plan: str | None) -> None:
-    """Tables train in one process here, on all of its devices."""
+def _without_plan(
+    config: SparseConfig | FederatedConfig, supervise: bool, several: bool, plan: str | None
+) -> Any:
+    """What trains models that have no plan: in one process, on all of its devices.
+
+    Raises:
+      UserError: a flag is for models with a plan.
+    """
+    federated = isinstance(config, FederatedConfig)
+    what = "a federation" if federated else "a model with tables"
     if supervise:
-        raise UserError("--supervise is for models with a plan; run a model with tables without it")
+        raise UserError(f"--supervise is for models with a plan; run {what} without it")
     if several:
         raise UserError(
-            "a model with tables trains in one process, on all of its devices; start it without a "
-            "launcher"
+            f"{what} trains in one process, on all of its devices; start it without a launcher"
+            + (", or deploy it with `shardpar fl`" if federated else "")
         )
     if plan is not None:
-        raise UserError("a model with tables has no plan; write table.placement=rows or columns")
+        instead = "drop --plan" if federated else "write table.placement=rows or columns"
+        raise UserError(f"{what} has no plan; {instead}")
+    return later("federated_training" if federated else "sparse_training")
 
 
 def _flags(devices: int | None, plan: str | None, json: bool) -> list[str]:

@@ -15,7 +15,7 @@ from shardpar.fl.algorithms.algorithm import Algorithm
 from shardpar.fl.algorithms.fedavg import FedAvg
 from shardpar.fl.algorithms.private_sgd import PrivateSGD
 from shardpar.fl.algorithms.private_users import PrivateUsers
-from shardpar.fl.ledger import Budget, Ledger, Release, noise_multiplier_for
+from shardpar.fl.ledger import Budget, Release, noise_multiplier_for
 from shardpar.fl.privacy import UserMechanism, release_of
 from shardpar.fl.privacy_options import PrivacyOptions
 from shardpar.fl.private_rounds import (
@@ -99,16 +99,6 @@ def simulated_privacy(
         raise ConfigError(f"privacy.kind {options.kind!r} adds no noise")
     algorithm = PrivateUsers(inner, mechanism, options.clip, seed, spread)
     return SimulatedPrivacy(algorithm, release, budget)
-
-
-def spend(ledger: Ledger, release: Release, round_: int) -> float | None:
-    """Writes a round down; ε spent, or None where the budget does not allow it.
-
-    A round that is run again after a crash comes to the same result, which costs nothing more.
-    """
-    if len(ledger.releases) > round_:
-        return ledger.spent()
-    return ledger.append(release, f"round {round_}") if ledger.allows(release) else None
 
 
 def _local(

@@ -215,7 +215,7 @@ def test_rounds_are_those_of_numpy_and_of_clients_alone_in_their_programs(task, 
     found, loss, kept = simulated(task, ALGORITHMS[name], ONE)
     assert np.isfinite(loss)
     for leaf, wanted in alone(task, ALGORITHMS[name]).items():
-        np.testing.assert_allclose(found[leaf], wanted, atol=1e-6)
+        np.testing.assert_array_equal(found[leaf], wanted)
     oracle = Numpy(joined(task.init(0)))
     for round_ in range(ROUNDS):
         cohort = [int(c) for c in sample_cohort(9, 6, seed=1, round_=round_)]

@@ -1,0 +1,34 @@
+"""Which kind of run goes on: read from its directory, before anything heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from shardpar.cli.arguments import read_any_config
+from shardpar.config.load import load_any
+from shardpar.config.schema import AnyConfig, RunConfig
+from shardpar.errors import ConfigError
+from shardpar.run.directory import RunDirectory
+
+
+def stored_without_plan(path: str, overrides: Sequence[str]) -> AnyConfig | None:
+    """The config of a run that goes on, with overrides, if its model is not planned.
+
+    Args:
+      path: of the run's directory, or of one of runs.
+      overrides: as on the command line.
+
+    Raises:
+      UserError: there is no run.
+      ConfigError: the overrides do not fit.
+    """
+    directory = RunDirectory.existing(Path(path))
+    try:
+        config = load_any(str(directory.config_yaml), find_files=False)
+    except ConfigError:
+        return None
+    if isinstance(config, RunConfig):
+        return None
+    given = [str(directory.config_yaml), *overrides]
+    return read_any_config(given, {"train.run_dir": str(directory.path)})[0]
