@@ -57,6 +57,7 @@ _LOOK_S = 0.05
 _TOLD_S = 1.0
 _REPORT_S = 2.0
 _CLOSING_S = 10.0
+_LINGER_S = 3.0
 
 
 class Committed(msgspec.Struct, frozen=True):
@@ -380,10 +381,18 @@ class Coordinator:
             return Stop(committed.run, included, committed.round_, reason[:4096], params)
 
         there = {party for party in self.job.parties if party in attendance}
-        owed, told = there | set(committed.survivors), set[str]()
-        until = time.monotonic() + min(_CLOSING_S, self.job.net.join_s)
-        while owed and time.monotonic() < until:
-            told -= set(attendance.look())
+        owed = (there | set(committed.survivors)) - set(attendance.spent)
+        told: set[str] = set()
+        began = time.monotonic()
+        until = began + min(_CLOSING_S, self.job.net.join_s)
+        # Whoever was dropped from the last round may be alive and about to say so.
+        linger = began + (
+            min(_LINGER_S, self.job.net.join_s) if committed.row.get("dropped") else 0
+        )
+        while (now := time.monotonic()) < until and (owed or now < linger):
+            came = attendance.look()
+            told -= set(came)
+            owed |= set(came)
             asked = [p for p in self.job.parties if p in owed and p in attendance and p not in told]
             told |= set(asked) - set(attendance.tell(asked, stop))
             for party in sorted(owed):

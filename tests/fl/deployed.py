@@ -164,6 +164,7 @@ class Federation:
       lives: of a process, by name, if it is to die.
       down: names of parties that are not started again once they have died.
       loses_mail: whether what was sent to a process that died dies with it.
+      patience_s: of parties.
     """
 
     job: Job
@@ -171,6 +172,7 @@ class Federation:
     lives: dict[str, Lives] = field(default_factory=dict)
     down: frozenset[str] = frozenset()
     loses_mail: bool = True
+    patience_s: float = 30.0
     jobs: dict[str, Job] = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
@@ -239,7 +241,7 @@ class Federation:
         return Party(
             channel, self.jobs.get(name, self.job), rows_of(name), self.folder / name,
             Identity(name, self.keys[name]), self.roster, say=self.said.append,
-            hello_s=0.1, patience_s=30.0,
+            hello_s=0.1, patience_s=self.patience_s,
         )  # fmt: skip
 
     def _lose_mail(self, name: str) -> None:
