@@ -163,15 +163,17 @@ def join(
         str, typer.Option("--party", metavar="NAME", help="Who this is: one of net.parties.")
     ],
     run_dir: RunDir = None,
+    json: Json = False,
     dry_run: DryRun = False,
 ) -> None:
     """Be a party: train on this party's own data when asked, until the rounds are over.
 
-    Started again after it was killed, it takes part from the next round on.
+    Started again after it was killed, it takes part from the next round on. With net.topology=ring
+    there is no aggregator: parties sum among themselves, and each prints its rounds with --json.
 
     Examples:
 
         shardpar fl join federation.gin --party hospital-a --run-dir runs/stroke
     """
     loaded, _ = _read(config, run_dir)
-    _heavy("joining").join(loaded, party, dry_run=dry_run)
+    _heavy("joining").join(loaded, party, json=json, dry_run=dry_run)

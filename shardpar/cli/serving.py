@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,14 +13,13 @@ from shardpar.cli.federation import (
     federation_of,
     write_model,
 )
+from shardpar.cli.round_report import RoundReport
 from shardpar.cli.tables import console
 from shardpar.config.schema import FederatedConfig
 from shardpar.errors import ConfigError
-from shardpar.fl.coordinator import Coordinator, Outcome, Row
+from shardpar.fl.coordinator import Coordinator, Outcome
 from shardpar.fl.net.signing import read_roster
-from shardpar.run.directory import RunDirectory
-from shardpar.run.metrics import MetricsLog
-from shardpar.run.progress import Figures, Progress
+from shardpar.run.progress import Progress
 
 
 def serve(config: FederatedConfig, *, json: bool, dry_run: bool) -> None:
@@ -49,15 +47,8 @@ def serve(config: FederatedConfig, *, json: bool, dry_run: bool) -> None:
     with ExitStack() as stack:
         channel = stack.enter_context(channel_of(config, net.aggregator, net.patience_s))
         begin_directory(config, folder)
-        directory = RunDirectory(folder)
-        metrics = stack.enter_context(
-            MetricsLog(
-                directory.metrics,
-                tensorboard=directory.tensorboard,
-                stdout=sys.stdout if json else None,
-            )
-        )
         progress = stack.enter_context(Progress())
+        report = stack.enter_context(RoundReport(folder, progress, config, json=json))
         progress.say(f"listening at {channel.address}; run directory: {folder}")
         coordinator = Coordinator(
             channel,
@@ -65,30 +56,12 @@ def serve(config: FederatedConfig, *, json: bool, dry_run: bool) -> None:
             folder / "rounds",
             roster,
             evaluator(config, job, module),
-            _Report(metrics, progress, config.federated.rounds),
+            report,
             progress.say,
         )
         outcome = coordinator.run()
         model = write_model(folder, outcome.state["params"])
     _conclude(outcome, model)
-
-
-class _Report:
-    """Takes rows to the log and the screen; one that is there already is not written again."""
-
-    def __init__(self, metrics: MetricsLog, progress: Progress, rounds: int) -> None:
-        self._metrics, self._progress, self._rounds = metrics, progress, rounds
-        self._began = False
-
-    def __call__(self, round_: int, row: Row) -> None:
-        if not self._began:
-            # A row of a round that was committed just before a kill may be missing, or be there.
-            self._metrics.truncate_after(round_ - 1)
-            self._began = True
-        self._metrics.write(round_, row)
-        self._progress.update(
-            Figures(round_, self._rounds, row.get("loss"), step_s=row.get("round_s"))
-        )
 
 
 def _conclude(outcome: Outcome, model: Path) -> None:
