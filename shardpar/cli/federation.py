@@ -199,7 +199,8 @@ def write_model(folder: Path, params: Mapping[str, Any]) -> Path:
     """Writes a model as `model.npz`, an array by the name of each parameter."""
     path = folder / "model.npz"
     with open(path, "wb") as file:
-        np.savez(file, **{name: np.asarray(array) for name, array in params.items()})
+        arrays: dict[str, Any] = {name: np.asarray(array) for name, array in params.items()}
+        np.savez(file, **arrays)
     return path
 
 

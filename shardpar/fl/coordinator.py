@@ -199,7 +199,7 @@ class Coordinator:
                 told = time.monotonic()
                 there = [party for party in self.job.parties if party in attendance]
                 wait = Wait(f"waiting for {', '.join(missing)}"[:4096])
-                attendance.tell(there, lambda _, wait=wait: wait)
+                attendance.tell(there, dict.fromkeys(there, wait).__getitem__)
             time.sleep(_LOOK_S)
 
     def _attempt(self, round_: int, attempt: int, asked: tuple[str, ...], began: float) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -197,7 +197,7 @@ class Party:
             )
         session = job.session(*of, begin.cohort)
         vector = job.masked_words(update, clip)
-        channel = Attentive(self.channel, self._check)
+        channel = cast(Channel, Attentive(self.channel, self._check))
         wait_s = job.secagg.deadline_s * 1.5 + _MARGIN_S
         run_client(channel, server, self.identity, session, self.roster, vector, wait_s)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import msgspec
@@ -201,7 +201,7 @@ class RingParty:
         if job.noise is not None:
             assert ledger is not None
             begin_distributed(ledger, job.noise, f"round {round_}.{self._calls.epoch}")
-        attentive = Attentive(self.channel, self._calls.check)
+        attentive = cast(Channel, Attentive(self.channel, self._calls.check))
         words = ring_sum(attentive, self.identity, session, self.roster, vector, job.net.round_s)
         total = job.unmasked(words, clip)
         state = server_update(job.algorithm, self._state, total, np.int32(len(members)))

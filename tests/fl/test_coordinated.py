@@ -305,3 +305,23 @@ def test_what_cannot_run_between_processes_is_told_before_it_begins():
         make_job(replace(TRAINED, cohort=2), net=with_net(topology="ring"))
     with pytest.raises(ConfigError, match="write distributed or example"):
         make_job(TRAINED, None, PrivacyOptions(kind="central"), with_net(topology="ring"))
+
+
+def test_what_a_sum_costs_is_written_down_before_anyone_is_asked_to_unmask(tmp_path, monkeypatch):
+    privacy = PrivacyOptions(kind="distributed", epsilon=6.0)
+    federation = Federation(make_job(TRAINED, SECAGG, privacy, NET), tmp_path)
+    seen = []
+
+    def refuse(ledger, noise, what):
+        boxes = federation.ends[SERVER].boxes
+        seen.append([key[2].rsplit("/", 1)[1] for key in list(boxes) if "/secagg/" in f"/{key[2]}"])
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr("shardpar.fl.coordinator.begin_distributed", refuse)
+    net = replace(NET, wait_s=0.1)
+    federation.jobs[SERVER] = make_job(TRAINED, SECAGG, privacy, net)
+    federation.patience_s = 2.0
+    with pytest.raises(RunError, match="the disk is full"):
+        federation.run()
+    assert "signed" in seen[0]
+    assert "unmask" not in seen[0]
