@@ -7,7 +7,7 @@ from typing import Annotated
 from msgspec import Meta
 
 from shardpar.fl.messages import Message
-from shardpar.fl.round_messages import Count, Digest, Name, Tensors, Value
+from shardpar.fl.round_messages import Count, Digest, Name, Tensors, Value, Word
 from shardpar.fl.round_messages import Key as TermKey
 from shardpar.fl.secagg_messages import Key, Signature
 
@@ -18,6 +18,7 @@ class Here(Message):
     """To all: this party is there for an attempt, and how far it is.
 
     Attributes:
+      incarnation: of this process.
       terms: digest of what it takes the federation to be; see `agreement`.
       epoch: numbers attempts over the whole job; everyone goes on to the largest that it hears of.
       rounds: that it has committed.
@@ -25,6 +26,7 @@ class Here(Message):
       model: digest of the server's state.
     """
 
+    incarnation: Word
     terms: Digest
     epoch: Count
     rounds: Count

@@ -9,6 +9,7 @@ themselves.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -77,6 +78,9 @@ class RollCall:
     heard: dict[str, Here] = field(default_factory=dict)
     stands: dict[str, Stand] = field(default_factory=dict)
     _behind_since: float | None = None
+    _least: int = 0
+    _told: dict[str, float] = field(default_factory=dict)
+    _incarnation: str = field(default_factory=lambda: secrets.token_hex(16))
 
     def __post_init__(self) -> None:
         """Begins an epoch that no process of this party has begun before."""
@@ -90,7 +94,7 @@ class RollCall:
 
     def begin(self, epoch: int) -> None:
         """Goes on to an epoch, or a later one that others are at; it is on disk first."""
-        self.epoch = max([epoch, *(here.epoch for here in self.heard.values())])
+        self.epoch = max(epoch, self._newest)
         self._behind_since = None
         write_record(self.folder / "epoch", Epoch(self.epoch))
 
@@ -113,7 +117,7 @@ class RollCall:
         self._tell()
         while True:
             self.listen()
-            if any(here.epoch > self.epoch for here in self.heard.values()):
+            if self._newest > self.epoch:
                 self.begin(self.epoch)
                 self._tell()
             now = time.monotonic()
@@ -153,7 +157,7 @@ class RollCall:
         for other in self.others:
             if isinstance(self.channel, Returning) and has_restarted(self.channel, other):
                 self.channel.accept_incarnation(other)
-                self.heard.pop(other, None)
+                self._forget(other)
                 self._tell(other)
             try:
                 while (here := heard(self.channel, other, HERE, Here, LOOK_S)) is not None:
@@ -172,6 +176,8 @@ class RollCall:
         """
         self.listen()
         newer = [here for here in self.heard.values() if here.epoch > self.epoch]
+        if self._least > self.epoch:
+            raise NewerError
         if not newer:
             return
         rounds = self.stand()[0]
@@ -220,12 +226,28 @@ class RollCall:
                 return
             theirs = self.channel.receive(other, "terms", RingTerms, _TERMS_S)
             require_agreement(self.job.terms, theirs.terms, party=other)
+        before = self.heard.get(other)
+        if before is not None and before.incarnation != here.incarnation:
+            self._forget(other)
+        elif before == here and time.monotonic() - self._told.get(other, 0.0) > _HERE_S / 2:
+            # It would not say so again if it had heard from this party.
+            self._tell(other)
         self.heard[other] = here
         self.expected.add(other)
 
+    def _forget(self, other: str) -> None:
+        """Another process of a party knows nothing of what was said in this epoch."""
+        if self.heard.pop(other, None) is not None:
+            self._least = self.epoch + 1
+
+    @property
+    def _newest(self) -> int:
+        return max([self._least, *(here.epoch for here in self.heard.values())])
+
     def _tell(self, only: str | None = None) -> None:
-        here = Here(self.job.digest, self.epoch, *self.stand())
+        here = Here(self._incarnation, self.job.digest, self.epoch, *self.stand())
         for other in self.others if only is None else (only,):
+            self._told[other] = time.monotonic()
             self.send(other, HERE, here)
 
 
