@@ -40,8 +40,7 @@ from shardpar.run.progress import Progress, clock_time
 from shardpar.run.report import write_report
 
 _MAY_CHANGE = (
-    "data.path", "data.eval_path", "federated.rounds", "federated.chunk", "secagg.deadline_s",
-    "privacy.ledger",
+    "data.path", "data.eval_path", "federated.chunk", "secagg.deadline_s", "privacy.ledger",
 )  # fmt: skip
 
 
@@ -193,6 +192,9 @@ def _require_same_run(config: FederatedConfig, directory: RunDirectory) -> None:
     """
     then = load_any(str(directory.config_yaml), find_files=False)
     now_, then_ = _fixed(config), _fixed(then)
+    # How many rounds there are decides how much noise each of them has.
+    if config.privacy.kind == "none":
+        now_.pop("federated.rounds")
     changed = [key for key in now_ if now_[key] != then_.get(key)]
     if changed:
         differences = "; ".join(
@@ -212,9 +214,6 @@ def _fixed(config: Any) -> dict[str, Any]:
         if part is not None:
             values |= {f"{section}.{f.name}": getattr(part, f.name) for f in fields(part)}
     for name in _MAY_CHANGE:
-        # How many rounds there are decides how much noise each of them has.
-        if name == "federated.rounds" and values.get("privacy.kind", "none") != "none":
-            continue
         values.pop(name, None)
     return values
 

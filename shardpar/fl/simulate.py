@@ -22,7 +22,7 @@ from shardpar.errors import RunError
 from shardpar.fl.algorithms.algorithm import Algorithm
 from shardpar.fl.algorithms.fedbuff import FedBuff
 from shardpar.fl.clients import ClientData
-from shardpar.fl.cohort import Cohort, LocalWork, Sizes, pack
+from shardpar.fl.cohort import Cohort, LocalWork, pack
 from shardpar.fl.examples import Examples
 from shardpar.fl.kept import KeptStates
 from shardpar.fl.rounds import server_update
@@ -89,15 +89,21 @@ class Simulation:
         data: ClientData,
         clients: Sequence[int] | np.ndarray,
         round_: int | Sequence[int],
-        least: Sizes | None = None,
+        before: Placed | None = None,
     ) -> Placed:
-        """A round's clients with their examples, on the devices; may run in another thread."""
+        """A round's clients with their examples, on the devices; may run in another thread.
+
+        What an earlier round of the same data has placed is taken over where it can be.
+        """
         cohort = pack(
             data, clients, self.work, round_=round_, devices=len(self.devices),
-            multiple=self.chunk, least=least,
+            multiple=self.chunk, before=before and before.cohort,
         )  # fmt: skip
         split = batch_sharding(self.mesh, (AXIS,))
-        arrays = {name: jax.device_put(array, split) for name, array in cohort.arrays.items()}
+        if before is not None and cohort.arrays is before.cohort.arrays:
+            arrays = before.arrays
+        else:
+            arrays = {name: jax.device_put(x, split) for name, x in cohort.arrays.items()}
         return Placed(cohort, arrays, jax.device_put(cohort.order, split))
 
     def round(

@@ -15,7 +15,7 @@ from shardpar.fl.algorithms.algorithm import Algorithm
 from shardpar.fl.algorithms.fedavg import FedAvg
 from shardpar.fl.algorithms.private_sgd import PrivateSGD
 from shardpar.fl.algorithms.private_users import PrivateUsers
-from shardpar.fl.ledger import Budget, Release, noise_multiplier_for
+from shardpar.fl.ledger import Budget, Release, epsilon_of, noise_multiplier_for
 from shardpar.fl.privacy import UserMechanism, release_of
 from shardpar.fl.privacy_options import PrivacyOptions
 from shardpar.fl.private_rounds import (
@@ -24,6 +24,8 @@ from shardpar.fl.private_rounds import (
     example_noise,
     user_mechanism,
 )
+
+_LEAST_NOISE = 0.05
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def simulated_privacy(
     else:
         raise ConfigError(f"privacy.kind {options.kind!r} adds no noise")
     algorithm = PrivateUsers(inner, mechanism, options.clip, seed, spread)
-    return SimulatedPrivacy(algorithm, release, budget)
+    return _affordable(SimulatedPrivacy(algorithm, release, budget))
 
 
 def _local(
@@ -136,4 +138,18 @@ def _example(
     )
     noise = example_noise(options, algorithm, rounds=rounds, dims=dims)
     algorithm = replace(algorithm, noise_multiplier=noise)
-    return SimulatedPrivacy(algorithm, algorithm.release(dims), budget_of(options))
+    return _affordable(SimulatedPrivacy(algorithm, algorithm.release(dims), budget_of(options)))
+
+
+def _affordable(found: SimulatedPrivacy) -> SimulatedPrivacy:
+    """Itself, if its budget allows a first round."""
+    noise = found.release.noise_multiplier
+    # Accounting for next to no noise would take all memory there is.
+    costs = epsilon_of([found.release], found.budget.delta) if noise > _LEAST_NOISE else math.inf
+    if costs > found.budget.epsilon:
+        raise ConfigError(
+            f"one round with privacy.noise_multiplier={noise:g} costs "
+            f"epsilon {costs:.3g} of {found.budget.epsilon:g}; write privacy.noise_multiplier=null "
+            "for as much noise as all rounds need, or a larger privacy.epsilon"
+        )
+    return found

@@ -18,7 +18,7 @@ import numpy as np
 
 from shardpar.fl.algorithms.fedbuff import FedBuff
 from shardpar.fl.clients import ClientData
-from shardpar.fl.cohort import Sizes, ahead, sample_cohort, sample_each
+from shardpar.fl.cohort import ahead, sample_cohort, sample_each
 from shardpar.fl.event_clock import ServerStep, server_steps, training_times
 from shardpar.fl.kept import KeptStates
 from shardpar.fl.options import FederatedOptions
@@ -108,13 +108,12 @@ class CohortRounds:
 
     def after(self, position: Position) -> Iterator[tuple[Position, RoundFigures]]:
         """One position for each round; the next cohort is read while one trains."""
-        least = Sizes()
+        before: Placed | None = None
 
         def made(round_: int) -> Placed:
-            nonlocal least
-            placed = self.sim.pack(self.data, self.cohort(round_), round_, least)
-            least = placed.cohort.sizes
-            return placed
+            nonlocal before
+            before = self.sim.pack(self.data, self.cohort(round_), round_, before)
+            return before
 
         state, kept = position.state, position.kept
         numbers = range(position.round_, self.rounds)
@@ -161,16 +160,15 @@ class BufferedRounds:
             next(steps)
         remaining = (next(steps) for _ in range(self.rounds - position.round_))
 
-        least = Sizes()
+        before: Placed | None = None
 
         def made(_: int) -> tuple[ServerStep, Placed]:
-            nonlocal least
+            nonlocal before
             step = next(remaining)
             clients = [arrival.client for arrival in step.arrivals]
             launches = [arrival.launch for arrival in step.arrivals]
-            placed = self.sim.pack(self.data, clients, launches, least)
-            least = placed.cohort.sizes
-            return step, placed
+            before = self.sim.pack(self.data, clients, launches, before)
+            return step, before
 
         for step, placed in ahead(made, range(position.round_, self.rounds)):
             state, sums = self._step(state, sent, step, placed)

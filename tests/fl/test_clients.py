@@ -82,6 +82,47 @@ def test_a_packed_cohort_holds_its_clients_rows_and_no_others():
         pack(data, [3], LocalWork(), round_=0)
 
 
+def test_a_cohort_after_another_is_what_it_is_alone_and_reads_the_same_clients_once():
+    arrays = {"x": np.arange(60, dtype=np.float32)}
+    data = ClientData.of(arrays, np.split(np.arange(60), [3, 13, 30]))
+    work = LocalWork(batch=4)
+    before = pack(data, [0, 1, 3], work, round_=0)
+    for clients in ([0, 2], [0, 1, 3]):
+        alone = pack(data, clients, work, round_=1)
+        after = pack(data, clients, work, round_=1, before=before)
+        assert (after.arrays is before.arrays) == (clients == [0, 1, 3])
+        assert after.sizes >= before.sizes
+        slots, steps = alone.order.shape[:2]
+        assert after.order.shape >= alone.order.shape
+        np.testing.assert_array_equal(after.order[:slots, :steps], alone.order)
+        assert (after.order[slots:] == -1).all()
+        assert (after.order[:, steps:] == -1).all()
+        for name, array in alone.arrays.items():
+            real = int(data.counts[clients].sum())
+            np.testing.assert_array_equal(after.arrays[name][:real], array[:real])
+
+
+def test_clients_may_come_twice_each_time_in_an_order_of_its_own():
+    data = ClientData.of({"x": np.arange(40)}, np.split(np.arange(40), [15]))
+    cohort = pack(data, [1, 0, 1], LocalWork(batch=25), round_=[7, 8, 9], devices=2)
+    asked = {place: slot for slot, place in enumerate(cohort.places) if place >= 0}
+    assert sorted(asked) == [0, 1, 2]
+    half = len(cohort.places) // 2
+    seen = []
+    for place, (client, round_) in enumerate(zip([1, 0, 1], [7, 8, 9], strict=True)):
+        slot = asked[place]
+        assert cohort.clients[slot] == client
+        rows = cohort.order[slot][cohort.order[slot] >= 0]
+        of_device = cohort.arrays["x"].reshape(2, -1)[slot // half]
+        own = order_of(
+            int(data.counts[client]), batch=25, epochs=1, seed=0, round_=round_, client=client
+        )
+        np.testing.assert_array_equal(of_device[rows], data.of_client(client)["x"][own[own >= 0]])
+        seen.append(of_device[rows].tolist())
+    assert seen[0] != seen[2]
+    assert sorted(seen[0]) == sorted(seen[2])
+
+
 def test_a_folder_that_is_damaged_or_uneven_is_refused(tmp_path):
     good = [{"x": np.ones((2, 3), np.float32)}, {"x": np.ones((4, 3), np.float32)}]
     write_clients(tmp_path / "good", good)

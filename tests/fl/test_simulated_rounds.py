@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -25,11 +26,12 @@ from shardpar.fl.simulated_federation import simulated_federation
 from shardpar.fl.simulated_rounds import BufferedRounds, state_after
 from shardpar.fl.task import Task
 from shardpar.run.checkpoints import Checkpoints
+from tests.cli.command import LONG
 from tests.fl.federation import Federation, play
 from tests.fl.test_event_clock import by_moments
 from tests.fl.test_simulate import DATA, INPUTS, LABELS, MLP, ONE, RATE, joined, numpy_sgd
 
-OPTIONS = {"rounds": 3, "epochs": 2, "batch": 16, "learning_rate": RATE, "seed": 7}
+OPTIONS = {"rounds": 2, "epochs": 2, "batch": 16, "learning_rate": RATE, "seed": 7}
 MASKED = SecAggOptions(enabled=True, clip=2.0, most_weight=400.0)
 
 
@@ -82,20 +84,16 @@ def require_equal(found, wanted):
 
 @pytest.mark.parametrize("algorithm", ["ditto"])
 def test_plain_rounds_are_those_of_parties_bit_for_bit(task, algorithm):
-    options = FederatedOptions(algorithm=algorithm, cohort=5, momentum=0.5, **OPTIONS)
+    options = FederatedOptions(algorithm=algorithm, cohort=3, momentum=0.5, **OPTIONS)
     require_equal(simulated(task, options), in_own_programs(task, options, None))
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold"])
+@pytest.mark.parametrize("algorithm", ["fedavg", pytest.param("scaffold", marks=LONG)])
 def test_masked_rounds_are_those_of_parties_bit_for_bit_on_any_devices(task, algorithm):
-    options = FederatedOptions(algorithm=algorithm, cohort=5, **OPTIONS)
+    options = FederatedOptions(algorithm=algorithm, cohort=4, **OPTIONS)
     wanted = in_own_programs(task, options, MASKED)
     require_equal(simulated(task, options, secagg=MASKED), wanted)
     require_equal(simulated(task, options, secagg=MASKED, devices=jax.devices()[:3]), wanted)
-    plain = simulated(task, options)["params"]["layers.0.weight"]
-    masked = wanted["params"]["layers.0.weight"]
-    assert (plain != masked).any()
-    np.testing.assert_allclose(plain, masked, atol=1e-3)
 
 
 def test_an_update_that_is_not_finite_ends_a_masked_run(task):
@@ -112,6 +110,11 @@ def test_an_update_that_is_not_finite_ends_a_masked_run(task):
         ({"cohort": 10}, "write federated.cohort=9 or less"),
         ({"privacy": PrivacyOptions("example"), "algorithm": "fedprox"}, "algorithm=fedavg"),
         ({"privacy": PrivacyOptions("central", epsilon=1e-9)}, "use fewer rounds, or a larger"),
+        (
+            {"privacy": PrivacyOptions("local", epsilon=4.0, noise_multiplier=0.8)},
+            "one round with privacy.noise_multiplier=0.8 costs epsilon .* of 4; write",
+        ),
+        ({"privacy": PrivacyOptions("local", noise_multiplier=1e-9)}, "costs epsilon inf of 8"),
     ],
 )
 def test_what_does_not_fit_is_refused(task, how, message):
@@ -148,12 +151,11 @@ def test_buffered_steps_are_those_of_numpy_by_another_clock(task):
         models.append(models[-1] + move / 3)
     assert max(a[2] for s in wanted for a in s) >= 2
     assert len(times_s) > 5
-    for devices in (ONE, jax.devices()[:2]):
-        found = simulated(task, options, devices=devices)
-        np.testing.assert_allclose(joined(found["params"]), models[-1], atol=5e-5)
+    found = simulated(task, options, devices=jax.devices()[:2])
+    np.testing.assert_allclose(joined(found["params"]), models[-1], atol=5e-5)
 
 
-@pytest.mark.parametrize("algorithm", ["ditto", "fedbuff"])
+@pytest.mark.parametrize("algorithm", [pytest.param("ditto", marks=LONG), "fedbuff"])
 def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(task, algorithm, tmp_path):
     options = FederatedOptions(
         algorithm=algorithm, cohort=None if algorithm == "fedbuff" else 4, buffer=2, concurrency=5,
@@ -190,7 +192,7 @@ CLIP, Z = 0.5, 1.3
 
 def test_noise_of_each_kind_is_as_wide_as_in_its_deployment(task):
     n, least = 6, 4
-    of = {"noise_multiplier": Z, "clip": CLIP}
+    of = {"noise_multiplier": Z, "clip": CLIP, "epsilon": 1e3}
     std, found = spread_of_noise(task, PrivacyOptions("central", **of), n)
     assert std == pytest.approx(Z * CLIP / n, rel=0.1)
     assert found.privacy.release.noise_multiplier == Z
@@ -204,8 +206,8 @@ def test_noise_of_each_kind_is_as_wide_as_in_its_deployment(task):
 
 
 def test_each_client_is_drawn_by_itself_where_sampling_is_to_hide_it(task):
-    privacy = PrivacyOptions("central", sampling_rate=0.2, noise_multiplier=1e-3, clip=100.0)
-    options = FederatedOptions(**OPTIONS | {"rounds": 12})
+    privacy = PrivacyOptions("central", epsilon=1e3, sampling_rate=0.15, noise_multiplier=1.0)
+    options = FederatedOptions(**OPTIONS | {"rounds": 6})
     rounds = simulated_federation(task, DATA, options, privacy=privacy, devices=ONE).rounds
     counts = [figures.clients for _, figures in rounds.after(rounds.begin())]
     assert len(set(counts)) > 2
@@ -223,11 +225,12 @@ def numpy_clipped(model, x, y, clip):
 
 
 def test_dp_sgd_clients_train_on_their_own_rows_and_no_others(task):
-    privacy = PrivacyOptions("example", noise_multiplier=1e-4, clip=0.7)
+    privacy = PrivacyOptions("example", epsilon=1e3, noise_multiplier=1.0, clip=0.7)
     options = FederatedOptions(cohort=3, **OPTIONS | {"rounds": 1})
     found = simulated_federation(task, DATA, options, privacy=privacy, devices=ONE)
     algorithm = found.rounds.sim.algorithm
     assert isinstance(algorithm, PrivateSGD)
+    quiet = replace(found.rounds.sim, algorithm=replace(algorithm, noise_multiplier=1e-4))
     start, moves = joined(task.init(7)), []
     for client in map(int, sample_cohort(9, 3, seed=7, round_=0)):
         rows, model = DATA.of_client(client), start.copy()
@@ -236,5 +239,5 @@ def test_dp_sgd_clients_train_on_their_own_rows_and_no_others(task):
             model = model - RATE / algorithm.records * sum_
         moves.append(model - start)
     assert algorithm.steps == 2
-    state = state_after(found.rounds, 1)
+    state = state_after(replace(found.rounds, sim=quiet), 1)
     np.testing.assert_allclose(joined(state["params"]), start + np.mean(moves, 0), atol=2e-4)
