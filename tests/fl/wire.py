@@ -237,12 +237,12 @@ def _linked(frames: list[bytes]) -> None:
     connection = None
     for raw in frames:
         if connection is None or connection.ended or connection.farewell:
-            peer._broken = None
+            peer._standing.broken = None
             connection = Connection(cancel=lambda: None)
             sending = peer.frames(connection)
             if peer.welcome(connection, greeting("a")) is not None:
                 return
-            for _ in range(3):
+            for _ in range(link.outbound.kept):
                 next(sending)
         if not peer.take(connection, raw):
             peer.lose(connection, "")

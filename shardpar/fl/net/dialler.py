@@ -27,6 +27,7 @@ from shardpar.fl.net.limits import Limits
 from shardpar.fl.net.peers import Peer
 
 _LOG = logging.getLogger(__name__)
+_JOIN_S = 10.0
 _DRAW = secrets.SystemRandom()
 
 
@@ -61,10 +62,18 @@ class Dialler:
         self._thread.start()
 
     def join(self) -> None:
-        """Waits for the thread, which ends once its peer is closed."""
-        self._thread.join()
+        """Waits for the thread, which ends once its peer is closed; not for a slow name server."""
+        self._thread.join(_JOIN_S)
 
     def _run(self) -> None:
+        try:
+            self._keep()
+        except Exception as error:
+            # Whoever waits for this peer must hear of it; nobody reads what a thread dies of.
+            self._peer.fail(f"dialling it failed: {error!r}", lasting=True)
+            raise
+
+    def _keep(self) -> None:
         attempt = 0
         while True:
             met = self._connect()

@@ -73,7 +73,10 @@ class Refusal(Message):
     lasting: bool
 
 
+Body = Hello | Envelope | Ack | Beat | Bye | Refusal
+
+
 class Frame(Message):
     """Whatever comes over a connection."""
 
-    body: Hello | Envelope | Ack | Beat | Bye | Refusal
+    body: Body

@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -176,8 +176,11 @@ def fault_of(keys: PartyKeys) -> str | None:
     try:
         authorities = x509.load_pem_x509_certificates(keys.ca)
         certificate = x509.load_pem_x509_certificate(keys.certificate)
-    except ValueError as error:
-        return f"the certificate of {party} or of its authority cannot be read: {error}"
+        private = serialization.load_pem_private_key(keys.key, password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        return f"the certificate or key of {party}, or ca.pem, cannot be read: {error}"
+    if private.public_key() != certificate.public_key():
+        return f"the key of {party} is not the one of its certificate"
     if party_of(keys.certificate) != party:
         return f"it is not the certificate of {party}: it lacks {_URI}{party}"
     now = datetime.now(UTC)

@@ -89,7 +89,13 @@ class Outbound:
         return len(self._kept)
 
     def put(self, topic: str, data: bytes) -> None:
-        """Takes a message to send."""
+        """Takes a message to send.
+
+        Raises:
+          PartyError: the other end would never have room for it.
+        """
+        if self._window:
+            self._require_room(len(data))
         self._last += 1
         self._end += cost_bytes(len(data))
         self._kept.append(Kept(self._last, topic, data, self._end))
@@ -98,9 +104,11 @@ class Outbound:
         """Begins a new connection where the other end says that it stands.
 
         Raises:
-          PartyError: it cannot stand there.
+          PartyError: it cannot stand there, or would never have room for what waits here.
         """
         self._window = window
+        for kept in self._kept:
+            self._require_room(len(kept.data))
         self.acknowledged(received, taken)
         self._at = 0
 
@@ -134,6 +142,13 @@ class Outbound:
         self._at += 1
         self.begun = max(self.begun, kept.sequence)
         return kept
+
+    def _require_room(self, size: int) -> None:
+        if cost_bytes(size) > self._window:
+            raise self._refusal(
+                f"has room for {self._window} bytes, never for a message of {size}: raise "
+                "net.max_message_bytes there, as here"
+            )
 
     def _refusal(self, words: str) -> PartyError:
         return PartyError(f"{self._peer} {words}", party=self._peer)
@@ -218,6 +233,7 @@ class Link:
         self._digest = digest_of(parties)
         self._incarnation = incarnation
         self._max_message_bytes, self._window_bytes = max_message_bytes, window_bytes
+        self._told = (0, 0)
         self._begin()
 
     def accept(self) -> None:

@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Iterator
 
 from shardpar.errors import PartyError
-from shardpar.fl.messages import Message, decode, encode, printable
+from shardpar.fl.messages import decode, encode, printable
 from shardpar.fl.net.connections import Connection
 from shardpar.fl.net.envelopes import Envelope, envelopes_of
-from shardpar.fl.net.frames import Ack, Beat, Bye, Frame, Hello, Refusal
+from shardpar.fl.net.frames import Ack, Beat, Body, Bye, Frame, Hello, Refusal
 from shardpar.fl.net.limits import Limits
-from shardpar.fl.net.links import Link, cost_bytes
+from shardpar.fl.net.links import Kept, Link, cost_bytes
+from shardpar.fl.net.standing import Standing
 
 _LOG = logging.getLogger(__name__)
 
@@ -36,14 +37,10 @@ class Peer:
         self.link = link
         self.condition = threading.Condition()
         self._limits = limits
-        self._where = where
         self._dials = dials
         self._inbox: dict[str, deque[bytearray]] = {}
         self._connection: Connection | None = None
-        self._met = False
-        self._lost_s = time.monotonic()
-        self._why = "it has not been heard of"
-        self._broken: str | None = None
+        self._standing = Standing(link.peer, where, lost_s=time.monotonic())
         self._closing = self._closed = False
 
     def put(self, topic: str, data: bytes, wait_s: float) -> None:
@@ -89,7 +86,7 @@ class Peer:
                 if not self._wait(deadline_s):
                     raise self._error(
                         f"{self.name} sent nothing for {topic!r} within {wait_s:g} s"
-                        + ("" if self._connection else f"; it is not connected: {self._why}")
+                        + ("" if self._connection else f"; not connected: {self._standing.why}")
                     )
 
     def discard(self, prefix: str) -> int:
@@ -110,8 +107,8 @@ class Peer:
                 return False
             self.link.accept()
             self._inbox.clear()
-            self._broken = None
-            self._lost_s, self._why = time.monotonic(), "it has not come back yet"
+            self._standing.broken = None
+            self._standing.lost(time.monotonic(), "it has not come back yet")
             self.condition.notify_all()
             return True
 
@@ -125,7 +122,8 @@ class Peer:
             while self._connection is None:
                 self._require_sense(away=False)
                 if not self._wait(deadline_s):
-                    raise self._error(f"{self.name} is not connected{self._where}: {self._why}")
+                    known = self._standing
+                    raise self._error(f"{self.name} is not connected{known.where}: {known.why}")
 
     @property
     def connected(self) -> bool:
@@ -152,11 +150,11 @@ class Peer:
                 if self._connection is not None:
                     self._connection.end("a newer connection took its place")
                 self._connection = connection
-                self._met, self._broken = True, None
+                self._standing.found()
+            elif refusal.lasting and self._dials:
+                self._standing.breaks(refusal.reason)
             else:
-                self._why = refusal.reason
-                if refusal.lasting and self._dials:
-                    self._broken = self._broken or refusal.reason
+                self._standing.why = refusal.reason
             self.condition.notify_all()
         if refusal is not None and self._dials:
             _LOG.warning("%s is refused: %s", self.name, refusal.reason)
@@ -168,17 +166,14 @@ class Peer:
             connection.ended = True
             if self._connection is connection:
                 self._connection = None
-                self._lost_s = time.monotonic()
-                self._why = connection.why or why
-                _LOG.info("the connection with %s ended: %s", self.name, self._why)
+                self._standing.lost(time.monotonic(), connection.why or why)
+                _LOG.info("the connection with %s ended: %s", self.name, self._standing.why)
             self.condition.notify_all()
 
     def fail(self, why: str, *, lasting: bool) -> None:
         """Notes that no connection came about; a lasting reason counts until they have met."""
         with self.condition:
-            self._why = why
-            if lasting and not self._met:
-                self._broken = why
+            self._standing.failed(why, lasting=lasting)
             self.condition.notify_all()
 
     def finish(self) -> None:
@@ -206,7 +201,7 @@ class Peer:
         """Waits before dialling again; whether there is any sense in dialling."""
         until_s = time.monotonic() + seconds
         with self.condition:
-            while not (self._closed or self._broken):
+            while not (self._closed or self._standing.broken):
                 if self.link.restarted:
                     # Until the party on this side decides, another connection says nothing new.
                     self.condition.wait()
@@ -219,30 +214,20 @@ class Peer:
     def frames(self, connection: Connection) -> Iterator[bytes]:
         """What to send over a connection, as it falls due, until it ends."""
         parts: Iterator[Envelope] = iter(())
-        begun = False
         sent_s = time.monotonic()
         while True:
             # A long message is hashed and cut outside the lock.
-            body: Message | None = next(parts, None) if begun else None
-            begun = body is not None
+            part = next(parts, None)
             with self.condition:
-                urgent = self._urgent(connection, sent_s, idle=not begun)
-                while body is None and urgent is None:
-                    if connection.ended:
-                        return
-                    kept = self.link.outbound.next() if self._connection is connection else None
-                    if kept is not None:
-                        parts = envelopes_of(
-                            kept.data, job=self.link.job, sender=self.link.party,
-                            receiver=self.name, topic=kept.topic, sequence=kept.sequence,
-                        )  # fmt: skip
-                        begun = True
-                        break
-                    self.condition.wait(self._until_beat_s(sent_s))
-                    urgent = self._urgent(connection, sent_s, idle=True)
-                if connection.ended:
-                    return
-            for said in (urgent, body):
+                urgent, kept = self._due(connection, sent_s, idle=part is None)
+            if connection.ended:
+                return
+            if kept is not None:
+                parts = envelopes_of(
+                    kept.data, job=self.link.job, sender=self.link.party, receiver=self.name,
+                    topic=kept.topic, sequence=kept.sequence,
+                )  # fmt: skip
+            for said in (urgent, part):
                 if said is not None:
                     sent_s = time.monotonic()
                     yield encode(Frame(said))
@@ -258,7 +243,7 @@ class Peer:
             try:
                 return self._take(decode(raw, Frame, party=self.name).body)
             except PartyError as error:
-                self._broken = str(error)
+                self._standing.breaks(str(error))
                 connection.refuse(Refusal(str(error)[:2000], lasting=True))
                 _LOG.warning("the connection with %s is given up: %s", self.name, error)
                 return False
@@ -267,14 +252,16 @@ class Peer:
 
     def refused(self, refusal: Refusal) -> None:
         """Notes that the peer will not have this party."""
+        why = f"{self.name} refuses {self.link.party}: {printable(refusal.reason)}"
         with self.condition:
-            self._why = f"{self.name} refuses {self.link.party}: {printable(refusal.reason)}"
             if refusal.lasting:
-                self._broken = self._broken or self._why
+                self._standing.breaks(why)
+            else:
+                self._standing.why = why
             self.condition.notify_all()
-        _LOG.warning("%s", self._why)
+        _LOG.warning("%s", why)
 
-    def _take(self, body: Message) -> bool:
+    def _take(self, body: Body) -> bool:
         match body:
             case Envelope():
                 whole = self.link.inbound.add(body)
@@ -297,8 +284,9 @@ class Peer:
     def _meet(self, hello: Hello) -> Refusal | None:
         if self._closed:
             return Refusal(f"{self.link.party} has closed its channel", lasting=False)
-        if self._broken and not self.link.is_new(hello.incarnation):
-            return Refusal(self._broken[:2000], lasting=True)
+        broken = self._standing.broken
+        if broken and not self.link.is_new(hello.incarnation):
+            return Refusal(broken[:2000], lasting=True)
         if self._connection is not None and self.link.is_new(hello.incarnation):
             return Refusal(
                 f"{self.link.party} is connected with another process of {self.name}; if that "
@@ -308,10 +296,25 @@ class Peer:
         try:
             return self.link.meet(hello)
         except PartyError as error:
-            self._broken = str(error)
+            self._standing.breaks(str(error))
             return Refusal(str(error)[:2000], lasting=True)
 
-    def _urgent(self, connection: Connection, sent_s: float, *, idle: bool) -> Message | None:
+    def _due(
+        self, connection: Connection, sent_s: float, *, idle: bool
+    ) -> tuple[Body | None, Kept | None]:
+        """What is urgent, or a message to begin with; waits for one of them if idle."""
+        while not connection.ended:
+            urgent = self._urgent(connection, sent_s, idle=idle)
+            if urgent is not None or not idle:
+                return urgent, None
+            kept = self.link.outbound.next() if self._connection is connection else None
+            if kept is not None:
+                return None, kept
+            left_s = sent_s + self._limits.beat_s - time.monotonic()
+            self.condition.wait(left_s if left_s > 0 else self._limits.beat_s)
+        return None, None
+
+    def _urgent(self, connection: Connection, sent_s: float, *, idle: bool) -> Body | None:
         """What goes before parts of messages, or instead of them."""
         if connection.farewell is not None:
             return connection.farewell
@@ -324,12 +327,8 @@ class Peer:
             return Bye()
         return Beat() if time.monotonic() - sent_s >= self._limits.beat_s else None
 
-    def _until_beat_s(self, sent_s: float) -> float:
-        left_s = sent_s + self._limits.beat_s - time.monotonic()
-        return left_s if left_s > 0 else self._limits.beat_s
-
     def _pending(self) -> bool:
-        if self.link.left or self.link.restarted or self._broken:
+        if self.link.left or self.link.restarted or self._standing.broken:
             return False
         return self._connection is not None or self.link.outbound.kept > 0
 
@@ -337,8 +336,8 @@ class Peer:
         """Raises PartyError when nothing can come from this peer, or go to it."""
         if self._closed or (self._closing and not inbox_too):
             raise self._error(f"the channel of {self.link.party} is closed")
-        if self._broken is not None:
-            raise self._error(self._broken)
+        if self._standing.broken is not None:
+            raise self._error(self._standing.broken)
         if self.link.restarted:
             raise self._error(
                 f"{self.name} has started anew, and what was under way is lost: drop it from the "
@@ -346,28 +345,19 @@ class Peer:
             )
         if self.link.left:
             raise self._error(f"{self.name} has closed its channel")
-        if away and self._connection is None:
-            patience_s = self._limits.patience_s if self._met else self._limits.join_s
-            away_s = time.monotonic() - self._lost_s
-            if away_s >= patience_s:
-                option = "patience_s" if self._met else "join_s"
-                raise self._error(
-                    f"{self.name} has been unreachable{self._where} for {away_s:.0f} s "
-                    f"({self._why}); see that it runs and that its address and the firewall are "
-                    f"right, or raise net.{option}"
-                )
+        absence = self._standing.absence(time.monotonic(), self._limits) if away else None
+        if absence is not None:
+            raise self._error(absence)
 
     def _wait(self, deadline_s: float) -> bool:
         """Waits for news until a deadline, or until patience runs out; whether time is left."""
         now_s = time.monotonic()
         if now_s >= deadline_s:
             return False
-        until_s = deadline_s
-        if self._connection is None:
-            patience_s = self._limits.patience_s if self._met else self._limits.join_s
-            if self._lost_s + patience_s > now_s:
-                until_s = min(until_s, self._lost_s + patience_s)
-        self.condition.wait(until_s - now_s)
+        until_s = self._standing.runs_out_s(self._limits)
+        if until_s is None or until_s <= now_s:
+            until_s = deadline_s
+        self.condition.wait(min(until_s, deadline_s) - now_s)
         return True
 
     def _error(self, words: str) -> PartyError:

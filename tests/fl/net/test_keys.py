@@ -41,10 +41,16 @@ def test_keys_that_cannot_work_are_refused_and_named(tmp_path):
     make_test_keys(tmp_path / "one", ["a", "b"])
     make_test_keys(tmp_path / "two", ["a", "b"])
     shutil.copy(tmp_path / "one" / "b.pem", tmp_path / "one" / "a.pem")
+    with pytest.raises(UserError, match="the key of a is not the one of its certificate"):
+        read_keys(tmp_path / "one", "a")
+    shutil.copy(tmp_path / "one" / "b.key", tmp_path / "one" / "a.key")
     with pytest.raises(UserError, match="not the certificate of a"):
         read_keys(tmp_path / "one", "a")
     shutil.copy(tmp_path / "one" / "ca.pem", tmp_path / "two" / "ca.pem")
     with pytest.raises(UserError, match="not issued by"):
         read_keys(tmp_path / "two", "a")
+    (tmp_path / "two" / "b.key").write_text("no key")
+    with pytest.raises(UserError, match="cannot be read"):
+        read_keys(tmp_path / "two", "b")
     with pytest.raises(UserError, match="shardpar fl keys"):
         read_keys(tmp_path / "none", "a")

@@ -8,6 +8,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
+import os
+import random
+import threading
 import time
 import tracemalloc
 
@@ -24,6 +27,7 @@ from shardpar.fl.net.keys import read_keys
 from shardpar.fl.net.links import OVERHEAD_BYTES
 from tests.fl.net.attacker import Attacker, greeting, parts
 from tests.fl.net.parties import QUICK, Note, dialling, listening
+from tests.fl.wire import spoiled
 
 SMALL = dataclasses.replace(QUICK, patience_s=1.0, max_message_bytes=3 << 20, window_bytes=8 << 20)
 
@@ -223,3 +227,31 @@ def test_bye_ends_it_for_good_manners(pki):
         assert agg.receive("a", "up", Note).text == "1"
         with pytest.raises(PartyError, match="has closed its channel"):
             agg.receive("a", "up", Note)
+
+
+def test_spoiled_frames_over_sockets_harm_nobody_and_leave_no_thread(pki):
+    draw = random.Random(0)
+    with listening(pki, limits=SMALL) as agg, dialling(pki, "b", agg.address, limits=SMALL) as b:
+        b.send("agg", "proof", Note("before"))
+        agg.receive("b", "proof", Note)
+        before = threading.active_count()
+        for at in range(2000 if "SHARDPAR_LONG" in os.environ else 40):
+            hello = greeting("a", incarnation=at.to_bytes(16, "big"))
+            good = [Beat(), Ack(0, 0), *parts(Note("x" * at), sender="a", sequence=1), Bye()]
+            frames = [encode(Frame(frame)) for frame in (hello, *good)]
+            # Sometimes the greeting is spoiled too.
+            from_ = draw.choice((0, 1, 1, 1))
+            frames[from_:] = [
+                spoiled(f, draw) if draw.random() < 0.4 else f for f in frames[from_:]
+            ]
+            with Attacker(agg.address, read_keys(pki, "a")) as a:
+                a.say(*frames)
+                a.until()
+            agg.accept_incarnation("a")
+            agg.discard("a", "")
+        b.send("agg", "proof", Note("after"))
+        assert agg.receive("b", "proof", Note, timeout_s=10).text == "after"
+        deadline = time.monotonic() + 5
+        while threading.active_count() > before and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threading.active_count() <= before

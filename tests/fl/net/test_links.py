@@ -187,6 +187,18 @@ def test_acknowledgements_that_cannot_be_are_refused(received, taken):
         out.acknowledged(received, taken)
 
 
+def test_a_message_that_the_other_end_never_has_room_for_is_no_silent_wait():
+    out = Outbound("b")
+    out.put("t", bytes(500))
+    with pytest.raises(PartyError, match=r"b has room for 2048 bytes, .* raise"):
+        out.resume(received=0, taken=0, window=OVERHEAD_BYTES)
+    out = Outbound("b")
+    out.resume(received=0, taken=0, window=cost_bytes(100))
+    out.put("t", bytes(100))
+    with pytest.raises(PartyError, match="never for a message of 101"):
+        out.put("t", bytes(101))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
