@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from shardpar.errors import PartyError, RunError
+from shardpar.errors import PartyError, RunError, ShardparError
 from shardpar.fl.agreement import require_agreement
 from shardpar.fl.attentive import LOOK_S, SLICE_S, Attentive, Returning, has_restarted, heard
 from shardpar.fl.channel import Channel
@@ -149,8 +149,6 @@ class Party:
         return None
 
     def _train(self, orders: Train) -> Ended | None:
-        self._trainer.require_run(orders.run)
-        self._trainer.settle(orders.committed)
         of = (orders.round_, orders.attempt)
         if self._answered == of:
             # It was sent twice, because the connection broke in between.
@@ -158,21 +156,21 @@ class Party:
         self._answered = of
         topic = round_topic(*of, "update")
         try:
-            broadcast = tree_of(orders.model, self.job.broadcast_shapes, party=self._server)
-            update = self._trainer.update(orders.run, of, orders.model, broadcast)
+            update, vector = self._update(orders)
         except BudgetSpentError as error:
             self._send(topic, FromParty(Failed(f"{error}"[:4096], spent=True)))
             return Ended(orders.round_, f"{error}")
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            self._send(topic, FromParty(Failed(reason[:4096])))
+            # What else an error says may be about this party's data.
+            words = f"{error}" if isinstance(error, ShardparError) else "its log says more"
+            self._send(topic, FromParty(Failed(f"{type(error).__name__}: {words}"[:4096])))
             raise
-        if not self.job.secagg.enabled:
+        if vector is None:
             self._send(topic, FromParty(Update(tensors_of(update))))
         else:
             self._send(topic, FromParty(Trained()))
             try:
-                self._aggregate(of, update, self.job.clip_of(broadcast))
+                self._aggregate(of, vector)
             except PartyError as error:
                 self.say(f"left the secure aggregation of round {of[0] + 1}: {error}")
                 return None
@@ -181,7 +179,18 @@ class Party:
         self._reported_bytes += sent
         return None
 
-    def _aggregate(self, of: tuple[int, int], update: Tree, clip: float) -> None:
+    def _update(self, orders: Train) -> tuple[Tree, np.ndarray | None]:
+        """(the update, the vector to be masked or None)."""
+        job, of = self.job, (orders.round_, orders.attempt)
+        self._trainer.require_run(orders.run)
+        self._trainer.settle(orders.committed)
+        broadcast = tree_of(orders.model, job.broadcast_shapes, party=self._server)
+        update = self._trainer.update(orders.run, of, orders.model, broadcast)
+        if not job.secagg.enabled:
+            return update, None
+        return update, job.masked_words(update, job.clip_of(broadcast))
+
+    def _aggregate(self, of: tuple[int, int], vector: np.ndarray) -> None:
         job, server = self.job, self._server
         if self.identity is None:
             raise RunError("secure aggregation needs this party's signing key")
@@ -196,7 +205,6 @@ class Party:
                 party=server,
             )
         session = job.session(*of, begin.cohort)
-        vector = job.masked_words(update, clip)
         channel = cast(Channel, Attentive(self.channel, self._check))
         wait_s = job.secagg.deadline_s * 1.5 + _MARGIN_S
         run_client(channel, server, self.identity, session, self.roster, vector, wait_s)

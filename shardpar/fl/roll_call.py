@@ -37,6 +37,7 @@ from shardpar.fl.stored import read_record, write_record
 Stand = tuple[int, tuple[int, int] | None, bytes]
 
 _HERE_S = 1.0
+_TERMS = "terms"
 _TERMS_S = 5.0
 # How long the others may have a sum while this party still waits for its last part.
 _BEHIND_S = 2.0
@@ -219,12 +220,16 @@ class RollCall:
 
     def _take(self, other: str, here: Here) -> None:
         if here.terms != self.job.digest:
-            self.send(other, "terms", RingTerms(dict(self.job.terms)))
+            terms = RingTerms(dict(self.job.terms))
             if self.stand()[0]:
                 # Whoever has begun goes on with those who began with it.
+                self.send(other, _TERMS, terms)
                 self.say(f"{other} has other terms than the parties that have begun")
                 return
-            theirs = self.channel.receive(other, "terms", RingTerms, _TERMS_S)
+            # This party is about to end; the others should know why.
+            for each in self.others:
+                self.send(each, _TERMS, terms)
+            theirs = self.channel.receive(other, _TERMS, RingTerms, _TERMS_S)
             require_agreement(self.job.terms, theirs.terms, party=other)
         before = self.heard.get(other)
         if before is not None and before.incarnation != here.incarnation:

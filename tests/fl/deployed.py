@@ -86,7 +86,7 @@ def rows_of(party: str) -> dict[str, np.ndarray]:
     random = np.random.default_rng(ord(party[0]))
     count = ROWS + 7 * (ord(party[0]) - ord("a"))
     x = random.normal(0, 1, (count, DIMS)).astype(np.float32)
-    y = x @ np.arange(DIMS, dtype=np.float32) + random.normal(0, 0.1, count)
+    y = (x * np.arange(DIMS, dtype=np.float32)).sum(axis=1) + random.normal(0, 0.1, count)
     return {"x": x, "y": y.astype(np.float32)}
 
 

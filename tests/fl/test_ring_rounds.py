@@ -126,7 +126,8 @@ def test_one_that_committed_by_itself_is_taken_along(tmp_path):
 
 def test_parties_with_other_terms_are_told_which(tmp_path):
     other = ring_job(federated=replace(SCAFFOLD, rounds=5))
-    federation = Federation(ring_job(), tmp_path, jobs={"b": other})
+    net = replace(RING, join_s=3.0, wait_s=3.0)
+    federation = Federation(ring_job(net), tmp_path, jobs={"b": other})
     with pytest.raises(ConfigError, match=r"federated.rounds is 2 here and 5 at b"):
         federation.run()
     assert "federated.rounds is 5 here and 2 at" in str(federation.outcomes["b"])
