@@ -96,16 +96,19 @@ class Killed(BaseException):
 
 @dataclass
 class Lives:
-    """Counts what a process does to the outside and ends it at the n-th time, once."""
+    """Counts what a process does to the outside and ends it, once: at the n-th time, or by name."""
 
     dies_at: int | None = None
-    after: int = 0
+    dies_on: str | None = None
     events: list[str] = field(default_factory=list)
 
     def tick(self, event: str) -> None:
         self.events.append(event)
         if self.dies_at is not None and len(self.events) > self.dies_at:
             self.dies_at = None
+            raise Killed(event)
+        if self.dies_on is not None and event.endswith(self.dies_on):
+            self.dies_on = None
             raise Killed(event)
 
 

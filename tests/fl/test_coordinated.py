@@ -15,11 +15,13 @@ from shardpar.fl.clients import ClientData
 from shardpar.fl.cohort import LocalWork, sample_cohort
 from shardpar.fl.coordinator import Committed
 from shardpar.fl.ledger import Ledger
+from shardpar.fl.messages import array_of
 from shardpar.fl.options import FederatedOptions
 from shardpar.fl.privacy_options import PrivacyOptions
 from shardpar.fl.private_rounds import budget_of
 from shardpar.fl.simulate import simulation
 from shardpar.fl.stored import read_record
+from shardpar.fl.trainer import Kept
 from tests.fl.deployed import (
     NET,
     SCAFFOLD,
@@ -140,6 +142,21 @@ def test_a_party_that_comes_back_takes_part_again(tmp_path, mortal_writes):
     federation = Federation(job, tmp_path, {"c": Lives(dies_at=11)})
     federation.run()
     assert federation.rows[-1]["dropped"] == ""
+
+
+@pytest.mark.parametrize("when", ["/share", "/masked"])
+def test_what_a_dropped_party_had_prepared_is_given_up(tmp_path, when):
+    job = make_job(replace(SCAFFOLD, rounds=4), QUICK, net=DROP)
+    federation = Federation(job, tmp_path, {"c": Lives(dies_on=when)})
+    outcome = federation.run()
+    assert [row["dropped"] for row in federation.rows] == ["c", "", "", ""]
+    kept = []
+    for name in job.parties:
+        record = read_record(tmp_path / name / "kept", Kept)
+        assert record.of == (3, federation.rows[3]["attempts"] - 1)
+        kept.append(array_of(record.kept["control/w"]))
+    # SCAFFOLD's server holds the mean of the clients' controls, if all agree on what was committed.
+    np.testing.assert_allclose(outcome.state["control"]["w"], np.mean(kept, axis=0), atol=1e-4)
 
 
 def test_too_few_parties_are_an_error_that_names_the_missing(tmp_path, mortal_writes):
