@@ -261,3 +261,14 @@ def params_of(outcome) -> np.ndarray:
 
 def with_net(**changes) -> NetOptions:
     return replace(NET, **changes)
+
+
+def compile_first(job: Job, folder: Path) -> None:
+    """Runs a job's programs once, with patience, so that short deadlines later measure no compiler.
+
+    Programs are kept by task, algorithm and shapes, whatever the deadlines are.
+    """
+    net = replace(job.net, round_s=60.0, lost="wait", wait_s=60.0, join_s=60.0)
+    secagg = replace(job.secagg, deadline_s=60.0)
+    patient = make_job(job.federated, secagg, job.privacy, net)
+    Federation(patient, folder).run(120.0)

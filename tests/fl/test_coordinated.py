@@ -29,6 +29,7 @@ from tests.fl.deployed import (
     SERVER,
     Federation,
     Lives,
+    compile_first,
     make_job,
     mortal_writes,
     params_of,
@@ -37,7 +38,7 @@ from tests.fl.deployed import (
 )
 
 assert mortal_writes
-QUICK = replace(SECAGG, deadline_s=0.6)
+QUICK = replace(SECAGG, deadline_s=0.8)
 LONG = bool(os.environ.get("SHARDPAR_LONG"))
 
 
@@ -118,12 +119,18 @@ def test_whoever_is_killed_at_whatever_moment_the_model_is_the_same(
 
 # Parties that are lost.
 
-DROP = with_net(parties=("a", "b", "c", "d"), lost="drop", round_s=0.8, wait_s=3.0, join_s=3.0)
+DROP = with_net(parties=("a", "b", "c", "d"), lost="drop", round_s=2.0, wait_s=4.0, join_s=4.0)
+LATE = replace(SECAGG, deadline_s=2.0)
 
 
-@pytest.mark.parametrize("secagg", [None, QUICK], ids=["plain", "masked"])
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    compile_first(make_job(net=DROP), tmp_path_factory.mktemp("compiled"))
+
+
+@pytest.mark.parametrize("secagg", [None, LATE], ids=["plain", "masked"])
 @pytest.mark.parametrize("at", [4, 12])
-def test_a_dead_party_is_dropped_and_the_others_go_on(tmp_path, mortal_writes, secagg, at):
+def test_a_dead_party_is_dropped(tmp_path, compiled, mortal_writes, secagg, at):
     job = make_job(replace(SCAFFOLD, rounds=4), secagg, net=DROP)
     federation = Federation(job, tmp_path, {"c": Lives(dies_at=at)}, down=frozenset("c"))
     outcome = federation.run()
@@ -137,7 +144,7 @@ def test_a_dead_party_is_dropped_and_the_others_go_on(tmp_path, mortal_writes, s
         )
 
 
-def test_a_party_that_comes_back_takes_part_again(tmp_path, mortal_writes):
+def test_a_party_that_comes_back_takes_part_again(tmp_path, compiled, mortal_writes):
     job = make_job(replace(SCAFFOLD, rounds=30), None, net=DROP)
     federation = Federation(job, tmp_path, {"c": Lives(dies_at=11)})
     federation.run()
@@ -145,8 +152,8 @@ def test_a_party_that_comes_back_takes_part_again(tmp_path, mortal_writes):
 
 
 @pytest.mark.parametrize("when", ["/share", "/masked"])
-def test_what_a_dropped_party_had_prepared_is_given_up(tmp_path, when):
-    job = make_job(replace(SCAFFOLD, rounds=4), QUICK, net=DROP)
+def test_what_a_dropped_party_had_prepared_is_given_up(tmp_path, compiled, when):
+    job = make_job(replace(SCAFFOLD, rounds=4), LATE, net=DROP)
     federation = Federation(job, tmp_path, {"c": Lives(dies_on=when)})
     outcome = federation.run()
     assert [row["dropped"] for row in federation.rows] == ["c", "", "", ""]
@@ -159,7 +166,7 @@ def test_what_a_dropped_party_had_prepared_is_given_up(tmp_path, when):
     np.testing.assert_allclose(outcome.state["control"]["w"], np.mean(kept, axis=0), atol=1e-4)
 
 
-def test_too_few_parties_are_an_error_that_names_the_missing(tmp_path, mortal_writes):
+def test_too_few_parties_are_an_error_that_names_the_missing(tmp_path, compiled, mortal_writes):
     job = make_job(replace(SCAFFOLD, rounds=4), None, net=DROP)
     gone = {"c": Lives(dies_at=5), "d": Lives(dies_at=8)}
     federation = Federation(job, tmp_path, gone, down=frozenset("abcd"))
@@ -167,7 +174,7 @@ def test_too_few_parties_are_an_error_that_names_the_missing(tmp_path, mortal_wr
         federation.run()
 
 
-def test_a_party_that_fails_says_why_and_the_rest_go_on(tmp_path, monkeypatch):
+def test_a_party_that_fails_says_why_and_the_rest_go_on(tmp_path, compiled, monkeypatch):
     job = make_job(replace(SCAFFOLD, rounds=2), None, net=DROP)
     federation = Federation(job, tmp_path)
 
@@ -181,7 +188,7 @@ def test_a_party_that_fails_says_why_and_the_rest_go_on(tmp_path, monkeypatch):
     assert isinstance(federation.outcomes["b"], KeyError)
 
 
-def test_an_update_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
+def test_an_update_that_is_not_finite_is_left_out(tmp_path, compiled, monkeypatch):
     job = make_job(replace(SCAFFOLD, rounds=2), None, net=DROP)
 
     def poisoned(party):
@@ -198,7 +205,7 @@ def test_an_update_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
 # What all must agree on.
 
 
-def test_a_party_with_other_terms_is_told_which(tmp_path):
+def test_a_party_with_other_terms_is_told_which(tmp_path, compiled):
     other = make_job(replace(SCAFFOLD, rounds=5), net=DROP)
     job = make_job(replace(SCAFFOLD, rounds=2), net=DROP)
     federation = Federation(job, tmp_path, jobs={"b": other})
@@ -209,7 +216,7 @@ def test_a_party_with_other_terms_is_told_which(tmp_path):
     assert {row["dropped"] for row in federation.rows} == {"b"}
 
 
-def test_state_of_another_run_is_not_taken_for_this_one(tmp_path):
+def test_state_of_another_run_is_not_taken_for_this_one(tmp_path, compiled):
     job = make_job(replace(SCAFFOLD, rounds=1))
     Federation(job, tmp_path / "one").run()
     (tmp_path / "two").mkdir()

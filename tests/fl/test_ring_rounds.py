@@ -19,6 +19,7 @@ from tests.fl.deployed import (
     SECAGG,
     Federation,
     Lives,
+    compile_first,
     make_job,
     mortal_writes,
     params_of,
@@ -28,11 +29,16 @@ from tests.fl.deployed import (
 assert mortal_writes
 LONG = bool(os.environ.get("SHARDPAR_LONG"))
 RING = with_net(topology="ring", wait_s=15.0)
-FOUR = replace(RING, parties=("a", "b", "c", "d"), lost="drop", round_s=1.0, join_s=2.0)
+FOUR = replace(RING, parties=("a", "b", "c", "d"), lost="drop", round_s=2.0, join_s=3.0)
 
 
 def ring_job(net=RING, federated=SCAFFOLD):
     return make_job(federated, replace(SECAGG, enabled=False), net=net)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    compile_first(ring_job(FOUR), tmp_path_factory.mktemp("compiled"))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +81,7 @@ def test_whoever_is_killed_at_whatever_moment_all_come_to_the_same_model(
 
 
 @pytest.mark.parametrize("at", [0, 14, 40])
-def test_the_others_go_on_without_one_that_is_gone(tmp_path, mortal_writes, at):
+def test_the_others_go_on_without_one_that_is_gone(tmp_path, compiled, mortal_writes, at):
     federation = Federation(
         ring_job(FOUR, replace(SCAFFOLD, rounds=3)),
         tmp_path,
@@ -90,7 +96,7 @@ def test_the_others_go_on_without_one_that_is_gone(tmp_path, mortal_writes, at):
     assert [row["dropped"] for row in last] == ["c", "c", "c"]
 
 
-def test_too_few_give_up_and_say_who_is_missing(tmp_path, mortal_writes):
+def test_too_few_give_up_and_say_who_is_missing(tmp_path, compiled, mortal_writes):
     net = replace(FOUR, round_s=0.5, wait_s=1.5, join_s=1.5)
     gone = {"c": Lives(dies_at=20), "d": Lives(dies_at=25)}
     federation = Federation(ring_job(net), tmp_path, gone, down=frozenset("cd"))
@@ -98,7 +104,7 @@ def test_too_few_give_up_and_say_who_is_missing(tmp_path, mortal_writes):
         federation.run()
 
 
-def test_one_that_committed_by_itself_is_taken_along(tmp_path):
+def test_one_that_committed_by_itself_is_taken_along(tmp_path, compiled):
     """`a` had the sum of round 1 and died with it; the others repeated the round without `a`."""
     one = replace(SCAFFOLD, rounds=1)
     all_four = Federation(ring_job(FOUR, one), tmp_path / "x")
