@@ -292,11 +292,11 @@ def _watch(
         if over:
             rows.show()
             break
-        if len([name for name in gone if name != head.name]) == len(running) - serving:
+        ended = {name: code for name, code in gone.items() if not serving or name != head.name}
+        if len(ended) == len(running) - serving and all(ended.values()):
             # Nobody is left to train with; without this the aggregator would wait for long.
-            failed = next((name for name, code in gone.items() if code), None)
-            if failed is not None:
-                raise _failure(head.folder.parent, failed, gone[failed])
+            failed = next(iter(ended))
+            raise _failure(head.folder.parent, failed, gone[failed])
         time.sleep(_LOOK_S)
     code = gone[head.name] if serving else next((c for c in gone.values() if c > 0), 0)
     if code:
