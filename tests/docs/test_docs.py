@@ -30,6 +30,7 @@ SLOW = {
     "docs/howto/clusters.md",
     "docs/howto/mixed-lengths.md",
     "docs/howto/embeddings.md",
+    "docs/howto/federated.md",
     "docs/howto/graphs.md",
     "docs/howto/profile.md",
     "docs/concepts/planning.md",

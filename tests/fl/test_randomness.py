@@ -12,6 +12,7 @@ import shardpar.fl
 PACKAGE = Path(shardpar.fl.__file__).parent
 SIMULATION = {
     "cohort.py": "who takes part in a simulated round",
+    "event_clock.py": "who trains when in a simulation",
     "examples.py": "in which order a client reads its examples",
     "partition.py": "whose example is whose in a simulation",
     "simulated_noise.py": "noise of simulations, which says so in its name",
