@@ -148,6 +148,7 @@ class NetOptions:
       join_s: how long the first parties wait for the others.
       round_s: how long a client may take for its part of a round.
       wait_s: for lost="wait".
+      patience_s: how long a party that was there may be unreachable in a round before it is lost.
       retry_s: wait before the second attempt to reach a party; doubles each time.
       most_retry_s: the longest such wait.
       chunk_bytes: of a piece of a long message.
@@ -164,6 +165,7 @@ class NetOptions:
     join_s: Seconds = 120.0
     round_s: Seconds = 600.0
     wait_s: Seconds = 600.0
+    patience_s: Seconds = 30.0
     retry_s: Seconds = 0.5
     most_retry_s: Seconds = 10.0
     chunk_bytes: Annotated[int, Meta(ge=1024)] = 1 << 20

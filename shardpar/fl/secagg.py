@@ -111,7 +111,13 @@ def run_client(
     return survivors.parties
 
 
-def run_server(channel: Channel, session: Session, roster: Roster, deadline_s: float) -> Aggregate:
+def run_server(
+    channel: Channel,
+    session: Session,
+    roster: Roster,
+    deadline_s: float,
+    before_unmasking: Callable[[], None] = lambda: None,
+) -> Aggregate:
     """Runs one secure aggregation as its aggregator.
 
     Args:
@@ -119,6 +125,8 @@ def run_server(channel: Channel, session: Session, roster: Roster, deadline_s: f
       session: the same at all parties.
       roster: long-term public keys of the cohort.
       deadline_s: how long each phase lasts at most; clients that are late have dropped out.
+      before_unmasking: called before anyone is asked for what reveals the sum, so that its cost can
+        be written down first; if it raises `RunError` the clients are told that the round is over.
 
     Raises:
       RunError: too few clients are left; those that are left have been told.
@@ -164,6 +172,7 @@ def run_server(channel: Channel, session: Session, roster: Roster, deadline_s: f
         there = tell(there, phase, lambda _: survivors)
         there, phase = collect(there, "signed", SignedSurvivors, server.take_signature), "request"
         request = ToClient(server.request())
+        before_unmasking()
         there = tell(there, phase, lambda _: request)
         there = collect(there, "unmask", Unmask, server.take_unmask)
         total, summed = server.total()

@@ -403,6 +403,6 @@ def test_the_image_holds_what_the_build_needs():
     assert copied == needed
     extras = project["project"]["optional-dependencies"]
     assert re.search(r"^ARG EXTRA=(\w+)$", text, re.MULTILINE)[1] in extras
-    assert set(re.findall(r"EXTRA=(\w+)", text)) == {"cuda", "tpu"} <= set(extras)
+    assert set(re.findall(r"EXTRA=(\w+)", text)) == {"cuda", "tpu", "fl"} <= set(extras)
     version = re.search(r"^FROM python:([\d.]+)-slim$", text, re.MULTILINE)[1]
     assert version == project["project"]["requires-python"].removeprefix(">=")
