@@ -1,0 +1,84 @@
+"""What a user may ask of vertical training; both parties must say the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from shardpar.errors import ConfigError
+
+Positive = Annotated[float, Meta(gt=0.0)]
+Count = Annotated[int, Meta(ge=1)]
+
+
+@dataclass(frozen=True)
+class KeyOptions:
+    """How each party's keys are made.
+
+    Attributes:
+      scheme: "paillier"; or "okamoto_uchiyama", about three times faster, whose key is lost to a
+        party that sends a single ciphertext of its own making: only between parties that would
+        never cheat.
+      bits: of the modulus: 2048, or 3072 for what must stay secret beyond 2030.
+      processes: that encrypt and multiply; null for one per core.
+      unsafe_small_keys_for_tests: allows smaller ones, which hide nothing.
+    """
+
+    scheme: Literal["paillier", "okamoto_uchiyama"] = "paillier"
+    bits: int = 2048
+    processes: Count | None = None
+    unsafe_small_keys_for_tests: bool = False
+
+
+@dataclass(frozen=True)
+class LinearOptions:
+    """Logistic or linear regression.
+
+    Attributes:
+      kind: of regression.
+      epochs: at most so many passes over the rows.
+      batch: rows of a step; the last of an epoch has the rest.
+      learning_rate: of gradients averaged over a step's rows.
+      momentum: the share of the last change that is added to the next.
+      l2: half its product with the weights' squared norm is added to the loss; not for the
+        intercept.
+      intercept: whether the guest has a weight for no column.
+      tolerance: training ends when the weights move less, in L2, over an epoch; the norm is told to
+        both parties. 0 tells nothing and trains all epochs.
+      sigmoid: "linear", 1/2 + z/4 (as FATE has it); "cubic", 1/2 + 0.197 z - 0.004 z³ (Chen et al.,
+        KDD'21), closer for |z| up to 5, at about twice the cost for few columns; it grows wrong
+        beyond 7, so learn it slowly.
+      seed: of the order of rows, which is no secret.
+      feature_bits: fraction bits of scaled columns, which are cut to ±8.
+      weight_bits: fraction bits of weights, errors and gradients.
+      mask_bits: a mask is so many bits longer than what it hides: a value masked differs from any
+        other with probability 2^-mask_bits.
+    """
+
+    kind: Literal["logistic", "linear"] = "logistic"
+    epochs: Count = 20
+    batch: Count = 1024
+    learning_rate: Positive = 0.3
+    momentum: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    l2: Annotated[float, Meta(ge=0.0)] = 0.001
+    intercept: bool = True
+    tolerance: Annotated[float, Meta(ge=0.0)] = 0.001
+    sigmoid: Literal["linear", "cubic"] = "linear"
+    seed: int = 0
+    feature_bits: Annotated[int, Meta(ge=4, le=12)] = 12
+    weight_bits: Annotated[int, Meta(ge=16, le=32)] = 32
+    mask_bits: Annotated[int, Meta(ge=40, le=128)] = 64
+
+    def __post_init__(self) -> None:
+        """Checks what a config file's types cannot, for those who build this in Python."""
+        if not 4 <= self.feature_bits <= 12 or not 16 <= self.weight_bits <= 32:
+            raise ConfigError(
+                f"feature_bits {self.feature_bits} must be 4 to 12 and weight_bits "
+                f"{self.weight_bits} 16 to 32: products of more would not fit modulo 2^128"
+            )
+        if self.mask_bits < 40:
+            raise ConfigError(f"mask_bits {self.mask_bits} must be 40 or more, or masks show")
+        if self.kind == "linear" and self.sigmoid != "linear":
+            raise ConfigError("linear regression has no sigmoid: leave it out")
