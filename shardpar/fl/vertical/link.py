@@ -88,6 +88,16 @@ class Link:
         """The other party's next message of a topic."""
         return self.channel.receive(self.peer, f"{self.topic}/{topic}", kind)
 
+    def receive_if_there(self, topic: str, kind: type[M]) -> M | None:
+        """The other party's next message of a topic; None where none has come yet.
+
+        A channel that is broken says so when it is next waited on.
+        """
+        try:
+            return self.channel.receive(self.peer, f"{self.topic}/{topic}", kind, timeout_s=0.0)
+        except PartyError:
+            return None
+
     def send_encrypted(self, topic: str, numbers: Sequence[int]) -> None:
         """Sends numbers under this party's own key."""
         self.send(topic, self.pool.encrypt(self.secret, numbers).to_message())

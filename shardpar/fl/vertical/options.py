@@ -82,3 +82,51 @@ class LinearOptions:
             raise ConfigError(f"mask_bits {self.mask_bits} must be 40 or more, or masks show")
         if self.kind == "linear" and self.sigmoid != "linear":
             raise ConfigError("linear regression has no sigmoid: leave it out")
+
+
+@dataclass(frozen=True)
+class TreeOptions:
+    """Gradient-boosted trees.
+
+    Attributes:
+      objective: "logistic" for labels 0 and 1, or "squared" for numbers.
+      trees: how many.
+      max_depth: splits between a root and a leaf, at most.
+      learning_rate: with which leaves are multiplied.
+      l2: added to the sum of a leaf's second derivatives (lambda).
+      min_gain: a split's gain must be above it (gamma).
+      min_child_weight: least sum of second derivatives on each side of a split.
+      min_samples: least rows on each side.
+      max_bins: into which each party sorts a column's numbers, missing ones aside.
+      gradient_bits: fraction bits of first and second derivatives.
+      optimistic: the guest splits by its own columns before it knows whether the host has a better
+        split, and takes it back where it has. It hides waiting, and shows the host the rows of
+        splits that are then taken back.
+      batch: derivatives that are encrypted and sent at a time.
+    """
+
+    objective: Literal["logistic", "squared"] = "logistic"
+    trees: Count = 20
+    max_depth: Annotated[int, Meta(ge=1, le=30)] = 4
+    learning_rate: Positive = 0.3
+    l2: Annotated[float, Meta(ge=0.0)] = 1.0
+    min_gain: Annotated[float, Meta(ge=0.0)] = 0.0
+    min_child_weight: Annotated[float, Meta(ge=0.0)] = 0.001
+    min_samples: Count = 1
+    max_bins: Annotated[int, Meta(ge=2, le=255)] = 32
+    gradient_bits: Annotated[int, Meta(ge=8, le=30)] = 20
+    optimistic: bool = True
+    batch: Count = 1024
+
+    def __post_init__(self) -> None:
+        """Checks what a config file's types cannot, for those who build this in Python."""
+        if not 2 <= self.max_bins <= 255 or not 8 <= self.gradient_bits <= 30:
+            raise ConfigError(
+                f"max_bins {self.max_bins} must be 2 to 255 and gradient_bits "
+                f"{self.gradient_bits} 8 to 30"
+            )
+        if self.trees < 1 or not 1 <= self.max_depth <= 30 or self.min_samples < 1:
+            raise ConfigError(
+                f"trees {self.trees}, max_depth {self.max_depth} and min_samples "
+                f"{self.min_samples} must be 1 or more, max_depth at most 30"
+            )
