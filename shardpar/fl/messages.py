@@ -76,7 +76,7 @@ def encode(message: Message) -> bytes:
     return msgspec.msgpack.encode(message)
 
 
-def decode(data: bytes, kind: type[M], *, party: str = "a party") -> M:
+def decode(data: bytes | bytearray, kind: type[M], *, party: str = "a party") -> M:
     """The message of this kind in some bytes.
 
     Raises:

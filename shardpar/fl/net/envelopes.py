@@ -13,7 +13,7 @@ from shardpar.errors import PartyError
 from shardpar.fl.messages import Message
 
 PART_BYTES = 1 << 20
-_MOST_TOPIC = 200
+MOST_TOPIC = 200
 
 
 class Envelope(Message):
@@ -77,9 +77,10 @@ class Assembly:
         self._job, self._sender, self._receiver = job, sender, receiver
         self._max_message_bytes = max_message_bytes
         self._first: Envelope | None = None
-        self._payloads: list[bytes] = []
+        self._parts = 0
+        self._data, self._hash = bytearray(), hashlib.sha256()
 
-    def add(self, envelope: Envelope) -> tuple[str, bytes] | None:
+    def add(self, envelope: Envelope) -> tuple[str, bytearray] | None:
         """Takes the next part.
 
         Returns:
@@ -92,12 +93,16 @@ class Assembly:
         self._check(envelope)
         first = self._first or envelope
         self._first = first
-        self._payloads.append(envelope.payload)
-        if len(self._payloads) < first.parts:
+        self._parts += 1
+        # Grown in place: a list of parts to join would hold a large message twice.
+        self._data += envelope.payload
+        self._hash.update(envelope.payload)
+        if self._parts < first.parts:
             return None
-        data = b"".join(self._payloads)
-        self._first, self._payloads = None, []
-        if hashlib.sha256(data).digest() != first.sha256:
+        data, digest = self._data, self._hash.digest()
+        self._first, self._parts = None, 0
+        self._data, self._hash = bytearray(), hashlib.sha256()
+        if digest != first.sha256:
             raise self._refusal(f"sent message {first.sequence}, which is not what its hash says")
         self.received = first.sequence
         return first.topic, data
@@ -115,10 +120,10 @@ class Assembly:
             raise self._refusal(
                 f"replayed message {envelope.sequence}; {self.received} were taken already"
             )
-        if envelope.sequence != self.received + 1 or envelope.part != len(self._payloads):
+        if envelope.sequence != self.received + 1 or envelope.part != self._parts:
             raise self._refusal(
                 f"sent part {envelope.part} of message {envelope.sequence} instead of part "
-                f"{len(self._payloads)} of message {self.received + 1}"
+                f"{self._parts} of message {self.received + 1}"
             )
         if not 0 <= envelope.size_bytes <= self._max_message_bytes:
             raise self._refusal(
@@ -130,7 +135,7 @@ class Assembly:
         left = envelope.size_bytes - envelope.part * PART_BYTES
         if len(envelope.payload) != min(PART_BYTES, left):
             raise self._refusal(f"sent {len(envelope.payload)} bytes where {left} are left")
-        if len(envelope.topic) > _MOST_TOPIC or len(envelope.sha256) != 32:
+        if len(envelope.topic) > MOST_TOPIC or len(envelope.sha256) != 32:
             raise self._refusal("sent a topic that is too long, or a hash that is not SHA-256's")
         first = self._first
         if first and whole != (first.topic, first.parts, first.size_bytes, first.sha256):

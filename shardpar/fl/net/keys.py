@@ -164,22 +164,30 @@ def read_keys(directory: Path, party: str) -> PartyKeys:
                 f"{directory} --party {party}"
             ) from None
     keys = PartyKeys(party, *parts)
-    where = directory / f"{party}.pem"
+    fault = fault_of(keys)
+    if fault:
+        raise UserError(f"{directory / f'{party}.pem'}: {fault}")
+    return keys
+
+
+def fault_of(keys: PartyKeys) -> str | None:
+    """Why a party's keys cannot work, for people, or None."""
+    party = keys.party
     try:
         authorities = x509.load_pem_x509_certificates(keys.ca)
         certificate = x509.load_pem_x509_certificate(keys.certificate)
     except ValueError as error:
-        raise UserError(f"{directory}: ca.pem or {party}.pem is no certificate: {error}") from None
+        return f"the certificate of {party} or of its authority cannot be read: {error}"
     if party_of(keys.certificate) != party:
-        raise UserError(f"{where} is not the certificate of {party}: it lacks {_URI}{party}")
+        return f"it is not the certificate of {party}: it lacks {_URI}{party}"
     now = datetime.now(UTC)
     if now > certificate.not_valid_after_utc:
-        raise UserError(f"{where} has expired at {certificate.not_valid_after_utc:%F %T} UTC")
+        return f"it has expired at {certificate.not_valid_after_utc:%F %T} UTC"
     if now < certificate.not_valid_before_utc:
-        raise UserError(f"{where} is valid only from {certificate.not_valid_before_utc:%F %T} UTC")
+        return f"it is valid only from {certificate.not_valid_before_utc:%F %T} UTC"
     if not any(_issued(certificate, authority) for authority in authorities):
-        raise UserError(f"{where} was not issued by an authority in {directory / 'ca.pem'}")
-    return keys
+        return "it was not issued by an authority in ca.pem"
+    return None
 
 
 def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
