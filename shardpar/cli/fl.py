@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from shardpar.cli.later import later
+from shardpar.cli.vertical import vertical
 from shardpar.errors import UserError
 
 fl = typer.Typer(
@@ -14,6 +15,7 @@ fl = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
+fl.add_typer(vertical, name="vertical")
 
 
 @fl.callback()
