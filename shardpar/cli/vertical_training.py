@@ -174,19 +174,8 @@ def rehearse(
     training = ["--model", model, *settings, *flags]
     code = _both(
         directory,
-        [
-            "train",
-            tables[0],
-            "--out",
-            halves[0],
-            "--model",
-            model,
-            *settings,
-            *labels,
-            *flags,
-            *told,
-        ],
-        ["train", tables[1], "--out", halves[1], "--model", model, *settings, *flags],
+        ["train", tables[0], "--out", halves[0], *labels, *training],
+        ["train", tables[1], "--out", halves[1], *training],
     )
     if code or test is None:
         return code

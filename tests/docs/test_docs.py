@@ -32,6 +32,7 @@ SLOW = {
     "docs/howto/embeddings.md",
     "docs/howto/graphs.md",
     "docs/howto/profile.md",
+    "docs/howto/vertical.md",
     "docs/concepts/planning.md",
 }
 """Pages that take more than about ten seconds."""

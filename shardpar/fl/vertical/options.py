@@ -37,7 +37,7 @@ class LinearOptions:
     """Logistic or linear regression.
 
     Attributes:
-      kind: of regression.
+      kind: of regression; on the command line `--model` says it.
       epochs: at most so many passes over the rows.
       batch: rows of a step; the last of an epoch has the rest.
       learning_rate: of gradients averaged over a step's rows.
@@ -53,8 +53,8 @@ class LinearOptions:
       seed: of the order of rows, which is no secret.
       feature_bits: fraction bits of scaled columns, which are cut to ±8.
       weight_bits: fraction bits of weights, errors and gradients.
-      mask_bits: a mask is so many bits longer than what it hides: a value masked differs from any
-        other with probability 2^-mask_bits.
+      mask_bits: a mask is so many bits longer than what it hides, so that two values cannot be
+        told apart behind it but with an advantage of 2^-mask_bits.
     """
 
     kind: Literal["logistic", "linear"] = "logistic"

@@ -18,8 +18,8 @@ MODULUS = 1 << RING_BITS
 _LIMB_BITS = 16
 _LIMBS = RING_BITS // _LIMB_BITS
 _SHARE_BYTES = RING_BITS // 8
-# float64 holds sums of products of a limb and a 15-bit number exactly up to so many terms.
-_MOST_TERMS = 1 << (53 - _LIMB_BITS - 15)
+# int64 holds sums of products of a limb and a 15-bit number exactly up to so many terms.
+_MOST_TERMS = 1 << (63 - _LIMB_BITS - 15)
 
 
 def shares_of(numbers: Iterable[int]) -> np.ndarray:
@@ -70,14 +70,14 @@ def shortened(share: np.ndarray, bits: int, *, first: bool) -> np.ndarray:
 
 
 def product(matrix: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """matrix @ share modulo 2^128, exactly, by 16-bit limbs in float64.
+    """matrix @ share modulo 2^128, exactly, by 16-bit limbs.
 
     Args:
       matrix: integers of at most 15 bits and a sign, [rows, columns].
       share: [columns].
 
     Raises:
-      ValueError: more than four million columns, or larger integers.
+      ValueError: larger integers, or billions of columns.
     """
     if matrix.shape[1] > _MOST_TERMS or np.abs(matrix).max(initial=0) > 1 << 15:
         raise ValueError(
@@ -85,8 +85,8 @@ def product(matrix: np.ndarray, share: np.ndarray) -> np.ndarray:
             f"most {_MOST_TERMS} columns of numbers up to {1 << 15}"
         )
     raw = b"".join(number.to_bytes(_SHARE_BYTES, "little") for number in share.tolist())
-    limbs = np.frombuffer(raw, "<u2").reshape(len(share), _LIMBS).astype(np.float64)
-    sums = (matrix.astype(np.float64) @ limbs).astype(np.int64).astype(object)
+    limbs = np.frombuffer(raw, "<u2").reshape(len(share), _LIMBS).astype(np.int64)
+    sums = (matrix.astype(np.int64) @ limbs).astype(object)
     total = np.zeros(len(matrix), object)
     for limb in range(_LIMBS):
         total = total + (sums[:, limb] << (limb * _LIMB_BITS))
