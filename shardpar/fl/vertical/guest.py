@@ -86,11 +86,12 @@ class GuestOfTrees:
     Attributes:
       taken_back: how many splits were guessed wrong.
       guesses: how many were guessed.
+      splits_of_host_taken: how many splits are the host's.
     """
 
     def __init__(self, link: Link, options: TreeOptions, bins: Bins, binned: np.ndarray) -> None:
         self._link, self._options, self._bins, self._binned = link, options, bins, binned
-        self.taken_back = self.guesses = self._trees = 0
+        self.taken_back = self.guesses = self.splits_of_host_taken = self._trees = 0
         self._splits_of_host = self._told_splits()
 
     def _told_splits(self) -> int:
@@ -255,8 +256,13 @@ class GuestOfTrees:
         held.attempts += 1
         link.send("command", Command("yours", node, held.attempts, best=best.at))
         answer = link.receive("placement", Placement)
-        if answer.node != node:
-            raise PartyError(f"{link.peer} splits node {answer.node}", party=link.peer)
+        if (answer.node, answer.split) != (node, self.splits_of_host_taken):
+            raise PartyError(
+                f"{link.peer} makes split {answer.split} at node {answer.node}, not split "
+                f"{self.splits_of_host_taken} at node {node}",
+                party=link.peer,
+            )
+        self.splits_of_host_taken += 1
         self._place(tree, node, flags_of(answer.left, len(held.rows), link.peer))
         return HostSplit(answer.split)
 

@@ -93,7 +93,12 @@ class HostOfTrees:
         link, rows, pool = self._link, self._link.rows, self._link.pool
         if not 0 < begins.most < 1 << 63:
             raise PartyError(f"{link.peer} has derivatives of {begins.most}", party=link.peer)
-        packing = pair_packing(link.key, begins.most, rows)
+        try:
+            packing = pair_packing(link.key, begins.most, rows)
+        except OverflowError as error:
+            raise PartyError(
+                f"{link.peer} has large derivatives: {error}", party=link.peer
+            ) from None
         # The guest is not to know which split of which column a candidate is.
         order = np.argsort(Randomness().words(len(self._bins.splits)), kind="stable")
         tree = _Tree(number, [], packing, order)

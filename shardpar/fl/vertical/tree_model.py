@@ -27,7 +27,7 @@ from shardpar.fl.vertical.host import HostOfTrees
 from shardpar.fl.vertical.link import Role, greet
 from shardpar.fl.vertical.options import KeyOptions, TreeOptions
 from shardpar.fl.vertical.tree_messages import bits_of, flags_of
-from shardpar.fl.vertical.trees import Cut, Grown, HostSplit, TreeOfGuest, answers_of
+from shardpar.fl.vertical.trees import Cut, Grown, TreeOfGuest, answers_of
 
 _MOST_ANSWER_BYTES = 1 << 20
 
@@ -187,7 +187,7 @@ def fit(
         guest.end()
         model = link.secret.public.fingerprint
         link.send("model", ModelName(model))
-    splits = sum(isinstance(node, HostSplit) for tree in trees for node in tree.nodes.values())
+    splits = guest.splits_of_host_taken
     return TreesHalf(role, model, named, options, base, tuple(trees), splits=splits)
 
 
