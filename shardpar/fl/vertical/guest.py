@@ -189,10 +189,12 @@ class GuestOfTrees:
 
     def _take(self, tree: _Tree) -> int | None:
         """Takes the host's next sums; the parent whose children they are of, None if outdated."""
-        link, count = self._link, self._splits_of_host
+        link, key, count = self._link, self._link.secret.public, self._splits_of_host
         message = link.receive("candidates", Candidates)
         parent = message.node // 2
-        if message.tree != tree.number or tree.awaited.get(parent) != message.attempt:
+        # Sums that nobody waited for may be left over from a training before, under another key.
+        of_now = message.sums.key == key.fingerprint and message.tree == tree.number
+        if not of_now or tree.awaited.get(parent) != message.attempt:
             return None
         del tree.awaited[parent]
         if message.node != self._summed(tree, parent):

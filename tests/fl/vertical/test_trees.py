@@ -158,6 +158,19 @@ def test_trees_do_not_depend_on_who_is_slow(monkeypatch, slow):
     assert hosts[0].dropped > 0 if slow == "host" else outdated
 
 
+def test_trainings_may_follow_each_other_on_one_channel():
+    x, y = sample(3, rows=60, columns=6)
+    options = TreeOptions(trees=1, max_depth=3)
+
+    def twice(role, columns, labels):
+        return lambda end: [fit(end, role, columns, labels, options, SHORT) for _ in range(2)]
+
+    guests, hosts = together(twice("guest", x[:, :3], y), twice("host", x[:, 3:], None))
+    expected = pooled(x, y, options, 3)[0]
+    for guest, host in zip(guests, hosts, strict=True):
+        assert_same(put_together(guest, host), expected)
+
+
 def test_breast_cancer_is_told_as_well_as_by_scikit_learn(tmp_path):
     x, y = load_breast_cancer(return_X_y=True)
     random = np.random.default_rng(0)
