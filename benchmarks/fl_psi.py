@@ -1,8 +1,8 @@
 """Private set intersection of two parties beside OpenMined's and SecretFlow's, CPU seconds each.
 
 Both parties learn in shardpar's and SecretFlow's runs; of OpenMined's only the client can. Half of
-each set is common. Every repetition runs all of them in turn; for CPU seconds of one core they work
-without a pool, then shardpar once more with processes, for seconds of the wall clock.
+each set is common. Every repetition runs all of them in turn, each party in a process of its own;
+shardpar once more with a pool of processes, for seconds of the wall clock.
 
     python -m benchmarks.fl_psi --ids 100000 --repeats 3
 
@@ -18,15 +18,16 @@ import multiprocessing
 import resource
 import socket
 import tempfile
-import threading
 import time
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from shardpar.fl.channel import local_channels
 from shardpar.fl.he.pool import Pool
+from shardpar.fl.messages import M, Message, decode, encode
 from shardpar.fl.psi import align
 from shardpar.fl.psi_session import PsiSession
 
@@ -43,28 +44,54 @@ class Cost:
 Sets = tuple[list[str], list[str]]
 
 
+class QueueChannel:
+    """Between two processes."""
+
+    def __init__(self, party: str, peer: str, outgoing: Any, incoming: Any) -> None:
+        self.party, self.parties, self.sent_bytes = party, tuple(sorted((party, peer))), 0
+        self._outgoing, self._incoming = outgoing, incoming
+        self._early: dict[str, deque[bytes]] = defaultdict(deque)
+
+    def send(self, to: str, topic: str, message: Message) -> None:
+        data = encode(message)
+        self.sent_bytes += len(data)
+        self._outgoing.put((topic, data))
+
+    def receive(self, sender: str, topic: str, kind: type[M], timeout_s: float | None = None) -> M:
+        while not self._early[topic]:
+            found, data = self._incoming.get(timeout=timeout_s or 600)
+            self._early[found].append(data)
+        return decode(self._early[topic].popleft(), kind, party=sender)
+
+
+def party(
+    name: str, peer: str, ids: list[str], processes: int, outgoing: Any, incoming: Any, answers: Any
+) -> None:
+    channel = QueueChannel(name, peer, outgoing, incoming)
+    cpu = cpu_of_all()
+    with Pool(processes) as pool:
+        rows = align(channel, peer, ids, PsiSession("bench", ("a", "b")), pool=pool)
+    spent = cpu_of_all() - cpu
+    answers.put((name, [ids[row] for row in rows.tolist()], spent, channel.sent_bytes))
+
+
 def ours(sets: Sets, processes: int = 1) -> Cost:
-    """Both parties in threads of this process."""
-    ends, session = local_channels("ab"), PsiSession("bench", ("a", "b"))
-    rows = {}
-    began, cpu = time.perf_counter(), cpu_of_all()
-
-    def party(name: str, peer: str, ids: list[str]) -> None:
-        with Pool(processes) as pool:
-            rows[name] = align(ends[name], peer, ids, session, pool=pool)
-
-    threads = [
-        threading.Thread(target=party, args=("a", "b", sets[0])),
-        threading.Thread(target=party, args=("b", "a", sets[1])),
+    """Each party in a process of its own, and its pool's processes if it has any."""
+    context = multiprocessing.get_context("spawn")
+    there, back, answers = context.Queue(), context.Queue(), context.Queue()
+    began = time.perf_counter()
+    parties = [
+        context.Process(target=party, args=("a", "b", sets[0], processes, there, back, answers)),
+        context.Process(target=party, args=("b", "a", sets[1], processes, back, there, answers)),
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    wall, spent = time.perf_counter() - began, cpu_of_all() - cpu
-    assert [sets[0][i] for i in rows["a"]] == [sets[1][i] for i in rows["b"]]
-    assert len(rows["a"]) == len(sets[0]) // 2
-    return Cost(spent / 2, wall, ends["a"].sent_bytes)
+    for one in parties:
+        one.start()
+    (_, first, cpu_a, sent), (_, second, cpu_b, _) = (answers.get() for _ in parties)
+    for one in parties:
+        one.join()
+    assert first == second
+    assert len(first) == len(sets[0]) // 2
+    return Cost((cpu_a + cpu_b) / 2, time.perf_counter() - began, sent)
 
 
 def cpu_of_all() -> float:

@@ -71,6 +71,15 @@ def array_of(tensor: Tensor, *, party: str = "a party") -> np.ndarray:
     return np.frombuffer(tensor.data, dtype).reshape(shape)
 
 
+def printable(text: str, most: int = 500) -> str:
+    r"""Words of another party as they may stand in a log: short, and without control characters.
+
+    >>> printable("all is well" + chr(10) + "root logged in")
+    'all is well?root logged in'
+    """
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:most])
+
+
 def encode(message: Message) -> bytes:
     """A message as bytes."""
     return msgspec.msgpack.encode(message)
@@ -86,5 +95,6 @@ def decode(data: bytes | bytearray, kind: type[M], *, party: str = "a party") ->
         return msgspec.msgpack.decode(data, type=kind)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise PartyError(
-            f"{party} sent something that is not a {kind.__name__}: {error}", party=party
+            f"{party} sent something that is not a {kind.__name__}: {printable(str(error))}",
+            party=party,
         ) from None

@@ -266,7 +266,7 @@ class Link:
             return Refusal(f"{self.peer} counts messages of nobody", lasting=True)
         self.outbound.resume(received=hello.received, taken=hello.taken, window=hello.window)
         self.inbound.resume()
-        self._knows, self.left, self._told = hello.incarnation, False, None
+        self._knows, self.left = hello.incarnation, False
         return None
 
     def ack(self) -> Ack | None:
@@ -285,7 +285,7 @@ class Link:
         )  # fmt: skip
         self.restarted = self.left = False
         self._knows = b""
-        self._told: tuple[int, int] | None = None
+        self._told = (0, 0)
 
     def _wrong(self, hello: Hello) -> str | None:
         """Why this end will never speak with one who says this."""

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from shardpar.errors import PartyError
-from shardpar.fl.messages import Message, decode, encode
+from shardpar.fl.messages import Message, decode, encode, printable
 from shardpar.fl.net.connections import Connection
 from shardpar.fl.net.envelopes import Envelope, envelopes_of
 from shardpar.fl.net.frames import Ack, Beat, Bye, Frame, Hello, Refusal
@@ -158,7 +158,7 @@ class Peer:
                 if refusal.lasting and self._dials:
                     self._broken = self._broken or refusal.reason
             self.condition.notify_all()
-        if refusal is not None:
+        if refusal is not None and self._dials:
             _LOG.warning("%s is refused: %s", self.name, refusal.reason)
         return refusal
 
@@ -268,7 +268,7 @@ class Peer:
     def refused(self, refusal: Refusal) -> None:
         """Notes that the peer will not have this party."""
         with self.condition:
-            self._why = f"{self.name} refuses {self.link.party}: {refusal.reason}"
+            self._why = f"{self.name} refuses {self.link.party}: {printable(refusal.reason)}"
             if refusal.lasting:
                 self._broken = self._broken or self._why
             self.condition.notify_all()

@@ -55,7 +55,8 @@ class Attacker:
     def __init__(
         self, address: str, keys: PartyKeys | None, *, ca: bytes | None = None, peer: str = "agg"
     ) -> None:
-        options = dialling_options(peer)
+        # Nothing on this side keeps it from sending what should be refused.
+        options = [one for one in dialling_options(peer) if "max_send" not in one[0]]
         if keys is not None:
             self._channel = grpc.secure_channel(address, dialling_credentials(keys), options)
         elif ca is not None:

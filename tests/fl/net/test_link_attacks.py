@@ -25,9 +25,7 @@ from shardpar.fl.net.links import OVERHEAD_BYTES
 from tests.fl.net.attacker import Attacker, greeting, parts
 from tests.fl.net.parties import QUICK, Note, dialling, listening
 
-SMALL = dataclasses.replace(
-    QUICK, patience_s=1.0, silence_s=0.8, max_message_bytes=3 << 20, window_bytes=8 << 20
-)
+SMALL = dataclasses.replace(QUICK, patience_s=1.0, max_message_bytes=3 << 20, window_bytes=8 << 20)
 
 
 def goes_on(agg, pki) -> None:
