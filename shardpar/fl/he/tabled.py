@@ -21,7 +21,9 @@ _MOST_BITS = 30
 _MOST_WINDOW = 10
 
 
-def tabled_matmul(ciphertexts: Ciphertexts, matrix: np.ndarray, pool: Pool | None = None):
+def tabled_matmul(
+    ciphertexts: Ciphertexts, matrix: np.ndarray, pool: Pool | None = None
+) -> Ciphertexts:
     """As `ciphertexts.matmul(matrix)`, for a matrix with many columns of small integers.
 
     Args:
@@ -30,7 +32,7 @@ def tabled_matmul(ciphertexts: Ciphertexts, matrix: np.ndarray, pool: Pool | Non
       pool: splits the rows over its processes.
 
     Returns:
-      Ciphertexts, one per column, not fresh.
+      One ciphertext per column, not fresh.
 
     Raises:
       ValueError: the matrix has another number of rows, or is none of small integers.

@@ -29,9 +29,9 @@ import numpy as np
 
 from shardpar.errors import RunError
 from shardpar.fl.streams import KeyStream, derived_key
+from shardpar.fl.vertical.cubes import cubes
 from shardpar.fl.vertical.link import Link
 from shardpar.fl.vertical.options import LinearOptions
-from shardpar.fl.vertical.powers import cubes
 from shardpar.fl.vertical.products import answer, collect, offer, squared_norm
 from shardpar.fl.vertical.ring import MODULUS, product, shares_of, shortened, zeros
 
@@ -56,7 +56,9 @@ class WeightShares:
     own: np.ndarray
     other: np.ndarray
 
-    def each(self, change: Callable[[np.ndarray, np.ndarray], np.ndarray], with_: WeightShares):
+    def each(
+        self, change: Callable[[np.ndarray, np.ndarray], np.ndarray], with_: WeightShares
+    ) -> WeightShares:
         """Both, changed alike."""
         return WeightShares(change(self.own, with_.own), change(self.other, with_.other))
 
