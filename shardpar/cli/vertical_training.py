@@ -200,12 +200,13 @@ def _both(directory: Path, guest: list[str], host: list[str]) -> int:
             subprocess.Popen([*command, *ends[0]]),
             subprocess.Popen([*command, *ends[1]], stdout=log, stderr=log),
         ]
+        first: list[int | None] = []
         try:
-            while None in (codes := [process.poll() for process in processes]) and not any(codes):
+            while None in (first := [process.poll() for process in processes]) and not any(first):
                 time.sleep(_POLL_S)
             # The other hears that its peer is gone, and says so.
             for process in processes:
-                process.wait(timeout=_GRACE_S if any(codes) else None)
+                process.wait(timeout=_GRACE_S if any(first) else None)
         except subprocess.TimeoutExpired:
             pass
         finally:
@@ -213,9 +214,11 @@ def _both(directory: Path, guest: list[str], host: list[str]) -> int:
                 if process.poll() is None:
                     process.terminate()
             codes = [process.wait() for process in processes]
-    if codes[1] > 0:
-        console(stderr=True).print(f"the host failed: see {directory / 'host.log'}")
-    return next((code for code in codes if code > 0), next((1 for code in codes if code), 0))
+    failed = [name for name, code in zip(("guest", "host"), first, strict=True) if code]
+    if failed:
+        where = f"; see {directory / 'host.log'}" if "host" in failed else ""
+        console(stderr=True).print(f"the {' and the '.join(failed)} failed{where}")
+    return next((code for code in codes if code > 0), 1 if any(codes) else 0)
 
 
 def _free_port() -> int:
