@@ -99,7 +99,7 @@ def train(
     role: Any = "guest" if label else "host"
     began = time.monotonic()
     with end.open() as channel:
-        table = _aligned(channel, table, json=json)
+        table = _aligned(channel, table, end.job, json=json)
         if isinstance(options, TreeOptions):
             half: Any = tree_model.fit(
                 channel, role, table.columns, table.labels, options, keys,
@@ -137,7 +137,7 @@ def predict(
     if label and half.role == "host":
         raise UserError("this half is the host's, who has no label: leave --label out")
     with end.open() as channel:
-        table = _aligned(channel, table, json=json)
+        table = _aligned(channel, table, end.job, json=json)
         module: Any = linear_model if isinstance(half, linear_model.LinearHalf) else tree_model
         told = module.predict(channel, half, table.columns, keys, row_ids=table.ids)
         if told is None:
@@ -248,14 +248,14 @@ def _options(model: str, settings: Sequence[str]) -> LinearOptions | TreeOptions
         raise ConfigError(f"options of {model}: {error}") from None
 
 
-def _aligned(channel: Channel, table: Table, *, json: bool) -> Table:
+def _aligned(channel: Channel, table: Table, job: str, *, json: bool) -> Table:
     """The rows that both have, in an order by id.
 
     Raises:
       DataError: there are none.
     """
     (peer,) = (party for party in channel.parties if party != channel.party)
-    session = PsiSession("vertical", channel.parties)
+    session = PsiSession(job, channel.parties)
     common = table.take(align(channel, peer, table.ids, session)).sorted_by_id()
     _tell({"rows": len(table.ids), "common_rows": len(common.ids)}, json=json)
     if not common.ids:
