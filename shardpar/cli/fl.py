@@ -8,6 +8,7 @@ import typer
 
 from shardpar.cli.arguments import Json, read_any_config
 from shardpar.cli.later import later
+from shardpar.cli.vertical import vertical
 from shardpar.config.schema import FederatedConfig
 from shardpar.errors import UserError
 
@@ -31,6 +32,7 @@ Parties check that their configs agree before anything is trained.""",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
+fl.add_typer(vertical, name="vertical")
 
 Config = Annotated[
     list[str],

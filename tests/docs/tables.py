@@ -23,6 +23,7 @@ from shardpar.config.schema import (
     section_classes,
 )
 from shardpar.config.values import allowed, show
+from shardpar.fl.vertical.options import LinearOptions, TreeOptions
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -54,6 +55,10 @@ def tables() -> dict[Path, dict[str, str]]:
             f"federation {name}": _section(cls)
             for name, cls in section_classes(FederatedConfig).items()
             if name != "checkpoint"
+        },
+        ROOT / "docs/howto/vertical.md": {
+            "regression options": _section(LinearOptions),
+            "tree options": _section(TreeOptions),
         },
         REFERENCE / "cli.md": {
             f"options {name}": _command(command) for name, command in _commands().items()
@@ -113,11 +118,14 @@ def _commands() -> dict[str, Any]:
 
     from shardpar.cli.main import app
 
-    found: dict[str, Any] = {}
-    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
-        inner = getattr(command, "commands", None)
-        found |= {f"{name} {sub}": c for sub, c in inner.items()} if inner else {name: command}
-    return found
+    def below(group: Any, words: str = "") -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, command in group.commands.items():
+            is_group = getattr(command, "commands", None)
+            found |= below(command, f"{words}{name} ") if is_group else {f"{words}{name}": command}
+        return found
+
+    return below(get_command(app))
 
 
 def _command(command: Any) -> str:

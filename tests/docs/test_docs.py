@@ -33,6 +33,7 @@ SLOW = {
     "docs/howto/federated.md",
     "docs/howto/graphs.md",
     "docs/howto/profile.md",
+    "docs/howto/vertical.md",
     "docs/concepts/planning.md",
 }
 """Pages that take more than about ten seconds."""
