@@ -41,7 +41,8 @@ Buffers = list[dict[int, jax.Array]]
 """The pieces on this process's devices: for each tensor, by device number."""
 
 _WORTH_PACKING_BYTES = 2**16
-"""Pieces of so many bytes that go whole are sent from where they lie: packing would copy them."""
+"""Slices of so many bytes travel alone if they are all that a sender has or that a receiver wants:
+packing, or unpacking, would copy them once more."""
 
 
 @dataclass(frozen=True)
@@ -239,28 +240,33 @@ class Exchange:
         for key, slices in sorted(messages.items()):
             same = where.devices[key[0]].process_index == where.devices[key[1]].process_index
             (near if same else far).append((key, tuple(slices)))
-        self._near = self._prepare_near(near, have, arriving)
-        self._far = self._prepare_far(far, have, arriving)
         wants = {
             i: [w for group in step.want(where.tensors[i].shape) for w in group]
             for i, step in steps.items()
         }
+        wanted = {(i, w.device): w for i, of_tensor in wants.items() for w in of_tensor}
+        self._near = self._prepare_near(near, have, wanted, arriving)
+        self._far = self._prepare_far(far, have, arriving)
         self._end = _Assembles(where, wants, have, arriving)
 
     def _prepare_near(
         self,
         messages: Sequence[tuple[Message, tuple[Slice, ...]]],
         have: Mapping[int, Mapping[int, Have]],
+        wanted: Mapping[tuple[int, int], Want],
         arriving: dict[int, list[Parcel]],
     ) -> list[tuple[int, Packer, list[int]]]:
         parcels: dict[int, list[tuple[int, Parcel]]] = defaultdict(list)
         for (sender, receiver, dtype), slices in messages:
             if not self._where.is_here(sender):
                 continue
-            packed = [s for s in slices if not self._goes_bare(s, have[sender], len(slices))]
-            bare = [s for s in slices if s not in packed]
-            for s in bare:
-                parcels[sender].append((receiver, Parcel((s,), dtype, is_bare=True)))
+            packed = []
+            for s in slices:
+                want = wanted[s.tensor, receiver]
+                if len(slices) == 1 or self._goes_bare(s, have[sender], want):
+                    parcels[sender].append((receiver, Parcel((s,), dtype, is_bare=True)))
+                else:
+                    packed.append(s)
             if packed:
                 parcels[sender].append((receiver, Parcel(tuple(packed), dtype)))
         out = []
@@ -271,11 +277,12 @@ class Exchange:
             out.append((sender, packer([p for _, p in to], have[sender]), receivers))
         return out
 
-    def _goes_bare(self, part: Slice, have: Mapping[int, Have], companions: int) -> bool:
-        if companions == 1:
-            return True
+    def _goes_bare(self, part: Slice, have: Mapping[int, Have], want: Want) -> bool:
         size = math.prod(part.shape) * self._where.dtypes[part.tensor].itemsize
-        return size >= _WORTH_PACKING_BYTES and is_whole(have[part.tensor].spans, part.cell)
+        if size < _WORTH_PACKING_BYTES:
+            return False
+        as_sent = is_whole(have[part.tensor].spans, part.cell)
+        return as_sent or (len(want.labels) == 1 and is_whole(want.spans, part.cell))
 
     def _prepare_far(
         self,

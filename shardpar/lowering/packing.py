@@ -138,17 +138,20 @@ def packer(parcels: Sequence[Parcel], have: Mapping[int, Have]) -> Packer:
         parcel.is_bare and is_whole(have[parcel.slices[0].tensor].spans, parcel.slices[0].cell)
         for parcel in parcels
     ]
-    if all(whole):
-        order = [r[0][0][0] for r in recipe]
-        return Packer(tensors, lambda pieces: [pieces[i] for i in order])
-    cut = _packer(tuple(r for r, is_all in zip(recipe, whole, strict=True) if not is_all))
+    joined = tuple(r for r in recipe if not r[3])
+    join = _packer(joined) if joined else None
 
     def run(pieces: list[jax.Array]) -> list[jax.Array]:
-        made = iter(cut(pieces))
-        return [
-            pieces[r[0][0][0]] if is_all else next(made)
-            for r, is_all in zip(recipe, whole, strict=True)
-        ]
+        made = iter(join(pieces) if join else ())
+        out = []
+        for (slices, _, _, is_bare), is_all in zip(recipe, whole, strict=True):
+            if not is_bare:
+                out.append(next(made))
+                continue
+            ((number, box),) = slices
+            # Slices that travel alone share programs, as pieces do: see `_assembler`.
+            out.append(pieces[number] if is_all else _cutter(box)(pieces[number]))
+        return out
 
     return Packer(tensors, run)
 
@@ -164,10 +167,7 @@ def is_whole(spans: tuple[Spans, ...], cell: Cell) -> bool:
 def _packer(recipe: Any) -> Callable[[list[jax.Array]], list[jax.Array]]:
     def run(pieces: list[jax.Array]) -> list[jax.Array]:
         out = []
-        for slices, dtype, pad, is_bare in recipe:
-            if is_bare:
-                out.append(_cut(pieces[slices[0][0]], slices[0][1]))
-                continue
+        for slices, dtype, pad, _ in recipe:
             flat = [_bits(_cut(pieces[i], box), dtype).reshape(-1) for i, box in slices]
             joined = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
             if pad > joined.size:
@@ -176,6 +176,11 @@ def _packer(recipe: Any) -> Callable[[list[jax.Array]], list[jax.Array]]:
         return out
 
     return jax.jit(run)
+
+
+@lru_cache(maxsize=4096)
+def _cutter(box: Box) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda piece: _cut(piece, box))
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,18 @@ from shardpar.ps.program import SparseProgram  # noqa: E402
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
-    ray.init(
-        num_cpus=1, include_dashboard=False, log_to_driver=False,
-        object_store_memory=100 * 2**20,
-    )  # fmt: skip
+    for attempts_left in (2, 1, 0):
+        try:
+            ray.init(
+                num_cpus=1, include_dashboard=False, log_to_driver=False,
+                object_store_memory=100 * 2**20,
+            )  # fmt: skip
+            break
+        except RuntimeError:
+            # On a busy machine its own server may take longer to start than it waits for.
+            ray.shutdown()
+            if not attempts_left:
+                raise
     yield
     ray.shutdown()
 
