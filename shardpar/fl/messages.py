@@ -17,6 +17,7 @@ from shardpar.errors import PartyError
 DType = Literal["float32", "float64", "int32", "int64", "uint8", "uint32", "uint64", "bool"]
 _DTYPES = frozenset(get_args(DType))
 _MOST_DIMS = 8
+_MOST_ELEMENTS = 1 << 48
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -59,7 +60,9 @@ def array_of(tensor: Tensor, *, party: str = "a party") -> np.ndarray:
     """
     dtype = np.dtype(tensor.dtype).newbyteorder("<")
     shape = tensor.shape
-    if len(shape) > _MOST_DIMS or any(size < 0 for size in shape):
+    # An empty array may still have other dims that no array can have.
+    sizes = math.prod(max(size, 1) for size in shape)
+    if len(shape) > _MOST_DIMS or min(shape, default=0) < 0 or sizes > _MOST_ELEMENTS:
         raise PartyError(f"{party} sent an array of shape {shape}", party=party)
     if math.prod(shape) * dtype.itemsize != len(tensor.data):
         raise PartyError(

@@ -60,6 +60,8 @@ def test_mutated_bytes_are_a_message_or_refused(noise, at, dropped):
     "tensor",
     [
         Tensor("float32", (2, 3), b"\0" * 23),
+        Tensor("float32", (0, 1 << 62), b""),
+        Tensor("uint8", (0, *[1 << 40] * 7), b""),
         Tensor("float32", (2**62, 2**62), b""),
         Tensor("uint8", (-1,), b""),
         Tensor("uint8", (-1, -1), b"\0"),
