@@ -103,6 +103,7 @@ def test_buckets_have_the_losses_of_one_length_and_go_on_where_they_stopped(here
 
 
 @pytest.mark.slow
+@LONG
 def test_dispatched_steps_have_the_losses_of_one_device_and_go_on_where_they_stopped(here, calm):
     shared = ("data.dispatch=true", "dispatch.row_tokens=[32,16]", "plan.file=unequal.yaml")
     train(GPT, *TINY, *shared, "train.steps=2", "train.run_dir=wild")

@@ -36,7 +36,7 @@ PLANS = {
         "--plan", str(ROOT / "tests" / "data" / "unequal_pipelines.yaml"),
     ),
 }  # fmt: skip
-BRIEF = ["dp2 fsdp2 tp2", "unequal pipelines of unequal stages"]
+BRIEF = ["unequal pipelines of unequal stages"]
 
 
 def some_steps(cwd: Path, *extra: str) -> list[float]:
@@ -53,9 +53,7 @@ def one_device(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", PLANS if ALL else ["dp2 fsdp2 tp2", "unequal pipelines of unequal stages"]
-)
+@pytest.mark.parametrize("name", PLANS if ALL else BRIEF)
 def test_the_demo_on_eight_devices_has_the_losses_of_one(name, one_device, tmp_path):
     assert len(one_device) == STEPS
     got = some_steps(tmp_path, "--devices", "8", *PLANS[name])
