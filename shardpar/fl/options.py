@@ -151,7 +151,6 @@ class NetOptions:
       patience_s: how long a party that was there may be unreachable in a round before it is lost.
       retry_s: wait before the second attempt to reach a party; doubles each time.
       most_retry_s: the longest such wait.
-      chunk_bytes: of a piece of a long message.
       max_message_bytes: a longer message is refused.
     """
 
@@ -168,7 +167,6 @@ class NetOptions:
     patience_s: Seconds = 30.0
     retry_s: Seconds = 0.5
     most_retry_s: Seconds = 10.0
-    chunk_bytes: Annotated[int, Meta(ge=1024)] = 1 << 20
     max_message_bytes: Annotated[int, Meta(ge=1024)] = 1 << 30
 
     def address_of(self) -> Mapping[str, str]:
