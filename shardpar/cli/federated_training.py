@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -15,12 +15,13 @@ import jax
 
 from shardpar.cli.planning import use_devices
 from shardpar.cli.signals import asked_by_signal
+from shardpar.cli.stored import require_same
 from shardpar.cli.tables import byte_text, console, print_json
 from shardpar.config.load import load_any
 from shardpar.config.model_source import build_options, find_model, load_model_source
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import FederatedConfig
-from shardpar.errors import ConfigError, DataError, RunError
+from shardpar.errors import DataError
 from shardpar.fl.algorithms.fedavg import FedAvg
 from shardpar.fl.clients import ClientData
 from shardpar.fl.evaluation import Evaluation, Predict
@@ -33,7 +34,6 @@ from shardpar.fl.simulated_federation import SimulatedFederation, simulated_fede
 from shardpar.fl.task import Task
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
-from shardpar.run.durable import write_atomically
 from shardpar.run.environment import describe_environment
 from shardpar.run.metrics import MetricsLog
 from shardpar.run.progress import Progress, clock_time
@@ -90,7 +90,7 @@ def train(
                 metrics,
                 progress,
                 texts,
-                lambda: _write(texts, directory),
+                lambda: directory.write(texts),
                 signals.should_stop,
                 _spend(config, federation, directory, stack),
             ),
@@ -174,16 +174,6 @@ def _spend(
     return spending(ledger, federation.privacy.release)
 
 
-def _write(texts: Mapping[str, str], directory: RunDirectory) -> None:
-    for file, text in texts.items():
-        try:
-            write_atomically(directory.path / file, text.encode())
-        except OSError as error:
-            raise RunError(
-                f"{directory.path / file} cannot be written: {error.strerror}; make room first"
-            ) from error
-
-
 def _require_same_run(config: FederatedConfig, directory: RunDirectory) -> None:
     """Refuses to go on with another model, other data or another algorithm than the run had.
 
@@ -195,15 +185,7 @@ def _require_same_run(config: FederatedConfig, directory: RunDirectory) -> None:
     # How many rounds there are decides how much noise each of them has.
     if config.privacy.kind == "none":
         now_.pop("federated.rounds")
-    changed = [key for key in now_ if now_[key] != then_.get(key)]
-    if changed:
-        differences = "; ".join(
-            f"{key} was {then_.get(key)!r}, now {now_[key]!r}" for key in changed
-        )
-        raise ConfigError(
-            f"{directory.path} holds another run: {differences}; use the old values, or another "
-            "train.run_dir"
-        )
+    require_same(directory, then_, now_)
 
 
 def _fixed(config: Any) -> dict[str, Any]:

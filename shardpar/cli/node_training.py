@@ -25,7 +25,6 @@ from shardpar.ps.graph.graph import Graph
 from shardpar.ps.graph.options import NodeDataOptions
 from shardpar.ps.graph.planted import planted
 from shardpar.run.directory import RunDirectory
-from shardpar.run.durable import write_atomically
 from shardpar.run.environment import describe_environment
 from shardpar.run.metrics import MetricsLog
 from shardpar.run.progress import Figures, Progress, clock_time
@@ -78,8 +77,7 @@ def train(
         directory = RunDirectory(Path(path)) if path else RunDirectory.fresh(name, datetime.now())
         directory.make()
         config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
-        _write(directory.config_yaml, to_yaml(config))
-        _write(directory.path / "config.gin", to_gin(config))
+        directory.write({"config.yaml": to_yaml(config), "config.gin": to_gin(config)})
         progress.say(f"run directory: {directory.path}")
         with MetricsLog(
             directory.metrics,
@@ -98,7 +96,7 @@ def train(
             scores = _scores(config, result.vectors, split, found.groups)
             metrics.write(seen.step, scores)
         with progress.phase(f"writing {directory.path / _VECTORS}"):
-            _write(directory.path / _VECTORS, word2vec_text(graph.names, result.vectors))
+            directory.write({_VECTORS: word2vec_text(graph.names, result.vectors)})
     took = clock_time(time.monotonic() - started)
     write_report(
         directory,
@@ -227,10 +225,3 @@ def _scores(
         known = np.eye(int(groups.max()) + 1, dtype=np.float32)[groups]
         scores["groups_auc"] = link_auc(known, split)
     return scores
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}; make room first") from error

@@ -19,6 +19,7 @@ import numpy as np
 from shardpar.capture.model import abstract_model
 from shardpar.cli.planning import use_devices
 from shardpar.cli.signals import asked_by_signal
+from shardpar.cli.stored import require_same
 from shardpar.cli.tables import console, print_json
 from shardpar.config.load import load_any
 from shardpar.config.model_source import build_options, find_model, load_model_source
@@ -41,7 +42,6 @@ from shardpar.ps.rules import dense_optimizer, row_optimizer, with_rule
 from shardpar.ps.saving import Savings
 from shardpar.ps.table import Table
 from shardpar.run.directory import RunDirectory
-from shardpar.run.durable import write_atomically
 from shardpar.run.environment import describe_environment
 from shardpar.run.metrics import MetricsLog
 from shardpar.run.progress import Progress, clock_time
@@ -103,7 +103,7 @@ def train(
                 metrics,
                 progress,
                 texts,
-                lambda: _write(texts, directory),
+                lambda: directory.write(texts),
                 signals.should_stop,
                 _total_steps(config, data),
                 ids,
@@ -228,16 +228,6 @@ def _total_steps(config: SparseConfig, data: SparseDataOptions) -> int | None:
     return config.train.steps
 
 
-def _write(texts: Mapping[str, str], directory: RunDirectory) -> None:
-    for file, text in texts.items():
-        try:
-            write_atomically(directory.path / file, text.encode())
-        except OSError as error:
-            raise RunError(
-                f"{directory.path / file} cannot be written: {error.strerror}; make room first"
-            ) from error
-
-
 def _require_same_run(config: SparseConfig, directory: RunDirectory) -> None:
     """Refuses to go on with another model or other data than the run had.
 
@@ -246,15 +236,7 @@ def _require_same_run(config: SparseConfig, directory: RunDirectory) -> None:
     """
     then = load_any(str(directory.config_yaml), find_files=False)
     now_, then_ = _fixed(config), _fixed(then)
-    changed = [key for key in now_ if now_[key] != then_.get(key)]
-    if changed:
-        differences = "; ".join(
-            f"{key} was {then_.get(key)!r}, now {now_[key]!r}" for key in changed
-        )
-        raise ConfigError(
-            f"{directory.path} holds another run: {differences}; use the old values, or another "
-            "train.run_dir"
-        )
+    require_same(directory, then_, now_)
 
 
 def _fixed(config: Any) -> dict[str, Any]:

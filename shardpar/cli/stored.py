@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from shardpar.cli.arguments import read_any_config
 from shardpar.config.load import load_any
@@ -32,3 +33,23 @@ def stored_without_plan(path: str, overrides: Sequence[str]) -> AnyConfig | None
         return None
     given = [str(directory.config_yaml), *overrides]
     return read_any_config(given, {"train.run_dir": str(directory.path)})[0]
+
+
+def require_same(directory: RunDirectory, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with what is another run.
+
+    Args:
+      directory: of the run.
+      then: the values it had, by key.
+      now: those that must be as they were.
+
+    Raises:
+      ConfigError: naming what differs.
+    """
+    changed = [key for key in now if now[key] != then.get(key)]
+    if changed:
+        differences = "; ".join(f"{k} was {then.get(k)!r}, now {now[k]!r}" for k in changed)
+        raise ConfigError(
+            f"{directory.path} holds another run: {differences}; use the old values, or another "
+            "train.run_dir"
+        )

@@ -33,11 +33,9 @@ from shardpar.cli.preparing import (
 from shardpar.cli.signals import Signals, asked_by_signal
 from shardpar.cli.telling import conclude, introduce, sample
 from shardpar.config.schema import RunConfig
-from shardpar.errors import RunError
 from shardpar.lowering.probe import probe_s, product_flops
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
-from shardpar.run.durable import write_atomically
 from shardpar.run.metrics import MetricsLog, Unwritten
 from shardpar.run.peers import ALONE, Peers
 from shardpar.run.progress import Progress
@@ -225,12 +223,12 @@ def _train(
                 metrics,
                 progress,
                 texts,
-                lambda: _write_all(texts, directory) if peers.is_first else None,
+                lambda: directory.write(texts) if peers.is_first else None,
                 signals.should_stop,
                 None if prepared.is_mixed else _peak_flops(config, planned),
                 peers,
                 PlanChanges(schedule, config.train.switch_every, requests).at,
-                lambda plan: _write_all({PLAN: plan_to_text(plan)}, directory),
+                lambda plan: directory.write({PLAN: plan_to_text(plan)}),
                 requests.there,
                 _speed_watch(config, machines, peers, requests),
                 supervised is not None,
@@ -265,16 +263,6 @@ def _digest(texts: Mapping[str, str], plan: Plan, data: TextData) -> str:
         version("shardpar"),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-
-
-def _write_all(texts: dict[str, str], directory: RunDirectory) -> None:
-    for file, text in texts.items():
-        try:
-            write_atomically(directory.path / file, text.encode())
-        except OSError as error:
-            raise RunError(
-                f"{directory.path / file} cannot be written: {error.strerror}; make room first"
-            ) from error
 
 
 def _note_changed_model(text: str, directory: RunDirectory, progress: Progress) -> None:

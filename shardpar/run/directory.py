@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from shardpar.errors import RunError, UserError
+from shardpar.run.durable import write_atomically
 
 _STAMP = re.compile(r"\d{8}-\d{6}(-\d+)?")
 
@@ -109,6 +111,23 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _cannot_make(self.path, error) from error
+
+    def write(self, texts: Mapping[str, str]) -> None:
+        """Writes small files, each whole or not at all.
+
+        Args:
+          texts: by file name.
+
+        Raises:
+          RunError: one cannot be written; those before it are.
+        """
+        for file, text in texts.items():
+            try:
+                write_atomically(self.path / file, text.encode())
+            except OSError as error:
+                raise RunError(
+                    f"{self.path / file} cannot be written: {error.strerror}; make room first"
+                ) from error
 
     def is_run(self) -> bool:
         """Whether a run has written here."""
