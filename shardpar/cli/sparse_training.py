@@ -26,6 +26,7 @@ from shardpar.config.model_source import build_options, find_model, load_model_s
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import SparseConfig
 from shardpar.errors import ConfigError, DataError, RunError
+from shardpar.lowering.allocator import keep_freed_memory
 from shardpar.lowering.devices import local_cluster
 from shardpar.ps.data.batches import eval_batches
 from shardpar.ps.data.open import open_parts
@@ -56,6 +57,7 @@ def train(
 ) -> None:
     """`shardpar train` of a model with tables."""
     use_devices(devices)
+    keep_freed_memory()
     started = time.monotonic()
     path = config.train.run_dir
     if path is not None and RunDirectory(Path(path)).config_yaml.is_file():

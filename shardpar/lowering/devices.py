@@ -46,7 +46,8 @@ def use_virtual_devices(count: int) -> None:
     """
     if count < 1:
         raise UserError(f"use_virtual_devices({count}): write 1 or more")
-    roomy_thread_pool(count)
+    if count > 1:
+        roomy_thread_pool(count)
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)

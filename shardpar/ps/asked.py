@@ -7,7 +7,7 @@ begins; where the model computes them, the program does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from flax import nnx
 
 from shardpar.errors import CaptureError
 from shardpar.ps.dedup import (
+    Distinct,
     HostDedup,
     padded,
     representatives,
@@ -24,6 +25,8 @@ from shardpar.ps.dedup import (
     sorted_representatives,
 )
 from shardpar.ps.embed import Embed, PulledRows, Recorder
+from shardpar.ps.exchange import capacity_for
+from shardpar.ps.placement import Placement
 from shardpar.ps.table import require_ids
 
 LARGEST_SCRATCH = 1 << 26
@@ -100,11 +103,18 @@ class Wanted:
 
     Attributes:
       ids: int32[devices * u] of each table; -1 is padding.
-      positions: of each call, int32 shaped as its ids.
+      positions: of each call, int32 shaped as its ids; those of padding are of a -1, so
+        that they find the zeros which are pulled for it.
+      by_owner: of each table, whether a device's ids come in equal parts, one per owner.
     """
 
     ids: tuple[Any, ...]
     positions: tuple[Any, ...]
+    by_owner: tuple[bool, ...] = field(metadata={"static": True}, default=())
+
+    def is_by_owner(self, table: int) -> bool:
+        """Whether the ids of a table come in parts, one per owner."""
+        return bool(self.by_owner) and self.by_owner[table]
 
 
 class HostFinder:
@@ -113,9 +123,29 @@ class HostFinder:
     Sizes are kept once they have grown, so that programs are compiled for few of them.
     """
 
-    def __init__(self, calls: tuple[Call, ...], rows: tuple[int, ...], devices: int) -> None:
+    def __init__(
+        self,
+        calls: tuple[Call, ...],
+        rows: tuple[int, ...],
+        devices: int,
+        placements: tuple[Placement, ...] | None = None,
+        capacity: int | None = None,
+    ) -> None:
+        """For a model's lookups.
+
+        Args:
+          calls: the lookups.
+          rows: of each table.
+          devices: that share a batch.
+          placements: of each table; with them requests are put by owner. None leaves them as
+            they come.
+          capacity: the most that a device asks of an owner at a time; None takes
+            `capacity_for`.
+        """
         self._calls, self._rows, self._devices = calls, rows, devices
-        self._sizes: dict[tuple[str, ...], int] = {}
+        self._placements = placements or (Placement(),) * len(rows)
+        self._capacity = capacity
+        self._sizes: dict[tuple[Any, ...], int] = {}
         self._dedup: dict[int, HostDedup] = {}
 
     def __call__(self, batch: Mapping[str, np.ndarray]) -> Wanted:
@@ -124,24 +154,32 @@ class HostFinder:
         Raises:
           DataError: an id is outside its table.
         """
-        found: dict[tuple[int, tuple[str, ...]], tuple[np.ndarray, dict[str, np.ndarray]]] = {}
-        ids, positions = [], {}
-        for table, rows in enumerate(self._rows):
+        found: dict[tuple[Any, ...], tuple[np.ndarray, dict[str, np.ndarray], bool]] = {}
+        ids, positions, by_owner = [], {}, []
+        for table, (rows, placement) in enumerate(zip(self._rows, self._placements, strict=True)):
             sources = tuple(
                 dict.fromkeys(str(call.source) for call in self._calls if call.table == table)
             )
-            if (rows, sources) not in found:
-                found[rows, sources] = self._find(rows, sources, batch)
-            distinct, places = found[rows, sources]
+            key = (rows, sources, placement)
+            if key not in found:
+                found[key] = self._find(rows, sources, placement, batch)
+            distinct, places, arranged = found[key]
             ids.append(distinct)
+            by_owner.append(arranged)
             positions[table] = places
         return Wanted(
-            tuple(ids), tuple(positions[call.table][str(call.source)] for call in self._calls)
+            tuple(ids),
+            tuple(positions[call.table][str(call.source)] for call in self._calls),
+            tuple(by_owner),
         )
 
     def _find(
-        self, rows: int, sources: tuple[str, ...], batch: Mapping[str, np.ndarray]
-    ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        self,
+        rows: int,
+        sources: tuple[str, ...],
+        placement: Placement,
+        batch: Mapping[str, np.ndarray],
+    ) -> tuple[np.ndarray, dict[str, np.ndarray], bool]:
         arrays = [np.asarray(batch[source]) for source in sources]
         for source, array in zip(sources, arrays, strict=True):
             require_at_most(array, rows, source)
@@ -149,18 +187,69 @@ class HostFinder:
         parts = []
         for device in range(self._devices):
             own = [_part(array, device, self._devices).reshape(-1) for array in arrays]
-            parts.append(dedup(own[0] if len(own) == 1 else np.concatenate(own)))
-        size = rounded_size(max(part.ids.size for part in parts), self._sizes.get(sources, 0))
-        self._sizes[sources] = size
+            parts.append(dedup(_joined(own)))
+        joined_ids, parts, arranged = self._laid_out(parts, rows, sources, placement)
         places: dict[str, np.ndarray] = {}
         offset = 0
         for source, array in zip(sources, arrays, strict=True):
             each = array.size // self._devices
-            own = [part.positions[offset : offset + each] for part in parts]
-            joined = own[0] if len(own) == 1 else np.concatenate(own)
+            joined = _joined([part[offset : offset + each] for part in parts])
             places[source] = joined.reshape(array.shape)
             offset += each
-        return np.concatenate([padded(part.ids, size) for part in parts]), places
+        return joined_ids, places, arranged
+
+    def _laid_out(
+        self, parts: list[Distinct], rows: int, sources: tuple[str, ...], placement: Placement
+    ) -> tuple[np.ndarray, list[np.ndarray], bool]:
+        """All devices' ids one after another, where each device finds its own, and how.
+
+        One more than the ids of a device are laid out: padding is found at a -1.
+        """
+        most = 1 + max(part.ids.size for part in parts)
+        if placement.rows > 1:
+            owners = [placement.home(part.ids, rows)[0] for part in parts]
+            counts = [np.bincount(owner, minlength=placement.rows) for owner in owners]
+            key = (rows, sources, placement)
+            each = rounded_size(1 + max(int(c.max()) for c in counts), self._sizes.get(key, 0))
+            if each * placement.columns <= (self._capacity or capacity_for(most, placement)):
+                self._sizes[key] = each
+                pairs = [
+                    _by_owner(part, owner, count, each)
+                    for part, owner, count in zip(parts, owners, counts, strict=True)
+                ]
+                return _joined([ids for ids, _ in pairs]), [at for _, at in pairs], True
+        size = rounded_size(most, self._sizes.get(sources, 0))
+        self._sizes[sources] = size
+        return (
+            _joined([padded(part.ids, size) for part in parts]),
+            [_with_padding_at(part.ids.size, part.positions) for part in parts],
+            False,
+        )
+
+
+def _with_padding_at(place: int, positions: np.ndarray) -> np.ndarray:
+    if not positions.size or positions.min() >= 0:
+        return positions
+    return np.where(positions < 0, np.int32(place), positions)
+
+
+def _by_owner(
+    part: Distinct, owner: np.ndarray, counts: np.ndarray, each: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """A device's ids in parts of `each`, one per owner, and where its lookups find them."""
+    order = np.argsort(owner.astype(np.uint16), kind="stable")
+    begins = np.cumsum(counts) - counts
+    slots = np.empty(owner.size + 1, np.int32)
+    slots[order] = np.arange(owner.size) + np.repeat(np.arange(counts.size) * each - begins, counts)
+    # Position -1, of padding, is the last of these: a place behind the first owner's ids.
+    slots[-1] = counts[0]
+    ids = np.full(counts.size * each, -1, np.int32)
+    ids[slots[:-1]] = part.ids
+    return ids, slots[part.positions]
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _part(array: np.ndarray, device: int, devices: int) -> np.ndarray:
@@ -199,12 +288,11 @@ def found_in_program(
             winners = sorted_representatives(flat)
         iota = jnp.arange(flat.shape[0], dtype=jnp.int32)
         ids.append(jnp.where(winners == iota, flat, -1))
-        places = jnp.where(flat < 0, -1, winners)
         offset = 0
         for index in mine:
             shape = asked[index][1].shape
             size = asked[index][1].size
-            positions[index] = places[offset : offset + size].reshape(shape)
+            positions[index] = winners[offset : offset + size].reshape(shape)
             offset += size
     return Wanted(tuple(ids), tuple(positions)), outside
 

@@ -140,7 +140,7 @@ class PulledRows(Lender):
 
     Attributes:
       pulled: float[u, dim] of each table.
-      positions: of each call, where its lookups are in `pulled`; -1 for padding.
+      positions: of each call, where its lookups are in `pulled`; padding is at a row of zeros.
     """
 
     pulled: tuple[jax.Array, ...]
@@ -149,10 +149,7 @@ class PulledRows(Lender):
     @override
     def lookup(self, layer: Embed, ids: jax.Array) -> jax.Array:
         table, positions = next(self.positions)
-        rows = self.pulled[table]
-        # -1 would be read as the last row.
-        at = jnp.where(positions < 0, rows.shape[0], positions)
-        return rows.at[at].get(mode="fill", fill_value=0)
+        return self.pulled[table].at[positions].get(mode="promise_in_bounds")
 
 
 def tables_of(model: nnx.Module) -> list[tuple[str, Embed]]:

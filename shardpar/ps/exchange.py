@@ -37,12 +37,15 @@ class Exchange:
       placement: of the table, whose grid is the mesh's axes ROWS and COLUMNS.
       rows, dim: of the whole table.
       capacity: rows that one device asks of one owner in a round.
+      by_owner: a device's requests come in equal parts, one for each owner, as `HostFinder`
+        makes them; one round then does, and no device has to look where its requests go.
     """
 
     placement: Placement
     rows: int
     dim: int
     capacity: int
+    by_owner: bool = False
 
     def requests(self, ids: jax.Array) -> jax.Array:
         """What all devices of this one's grid row want: int32[columns * u] from int32[u].
@@ -57,7 +60,7 @@ class Exchange:
     def rounds(self, wanted: jax.Array) -> Rounds:
         """How many rounds the requests of all devices need: a power of two, mostly 1."""
         limit = max(self.capacity, self.placement.columns)
-        if self.placement.rows == 1 or limit >= wanted.shape[0]:
+        if self.placement.rows == 1 or self.by_owner or limit >= wanted.shape[0]:
             return 1
         shard, place = self._home(wanted)
 
@@ -89,6 +92,12 @@ class Exchange:
         if self.placement.rows == 1:
             return self._narrowed(read(table, jnp.where(wanted >= 0, self._home(wanted)[1], -1)))
         shard, place = self._home(wanted)
+        if self.by_owner:
+            asked = jnp.where(wanted >= 0, place, -1)
+            got = lax.all_to_all(self._to_owners(asked), ROWS, 0, 0, tiled=True)
+            found = read(table, got.reshape(-1))
+            back = lax.all_to_all(found.reshape(*got.shape, -1), ROWS, 0, 0, tiled=True)
+            return self._narrowed(self._from_owners(back))
         out = jnp.zeros((wanted.shape[0], table.shape[1]), table.dtype)
 
         def one(turn: jax.Array, out: jax.Array) -> jax.Array:
@@ -109,6 +118,7 @@ class Exchange:
         table: tuple[jax.Array, ...],
         scratch: jax.Array,
         rule: Rule,
+        pulled: jax.Array | None = None,
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """Gives the owners their rows' gradients, summed, and lets them take these.
 
@@ -119,6 +129,7 @@ class Exchange:
           table: this device's piece and its slots.
           scratch: int32[shard rows].
           rule: how rows take gradients.
+          pulled: what `pull` gave; a device that has all rows need not read them again.
 
         Returns:
           The new pieces, and the scratch.
@@ -135,7 +146,14 @@ class Exchange:
             places = jnp.where(wanted >= 0, place, -1)
             if self.placement.columns > 1:
                 places, sums, scratch = summed(places, sums, scratch)
-            return applied(table, places, sums, rule), scratch
+                pulled = None
+            return applied(table, places, sums, rule, pulled), scratch
+        if self.by_owner:
+            asked = self._to_owners(jnp.where(wanted >= 0, place, -1))
+            got = lax.all_to_all(asked, ROWS, 0, 0, tiled=True).reshape(-1)
+            parts = lax.all_to_all(self._to_owners(sums), ROWS, 0, 0, tiled=True)
+            places, total, scratch = summed(got, parts.reshape(got.shape[0], -1), scratch)
+            return applied(table, places, total, rule), scratch
 
         def one(turn: jax.Array, carry: tuple) -> tuple:
             table, scratch = carry
@@ -155,6 +173,18 @@ class Exchange:
     def _home(self, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
         shard, place = self.placement.home(wanted, self.rows)
         return jnp.where(wanted >= 0, shard, -1), place
+
+    def _to_owners(self, requests: jax.Array) -> jax.Array:
+        """[columns * shards * n, ...] of a grid row's devices to [shards, columns * n, ...]."""
+        rows, columns = self.placement.rows, self.placement.columns
+        parts = requests.reshape(columns, rows, -1, *requests.shape[1:])
+        return jnp.moveaxis(parts, 0, 1).reshape(rows, -1, *requests.shape[1:])
+
+    def _from_owners(self, answers: jax.Array) -> jax.Array:
+        """The inverse of `_to_owners`."""
+        rows, columns = self.placement.rows, self.placement.columns
+        parts = answers.reshape(rows, columns, -1, *answers.shape[2:])
+        return jnp.moveaxis(parts, 0, 1).reshape(-1, *answers.shape[2:])
 
     def _here(
         self, shard: jax.Array, place: jax.Array, turn: jax.Array, rounds: Rounds
@@ -193,6 +223,15 @@ class Exchange:
         return own.reshape(-1, own.shape[2])
 
 
+def capacity_for(requests: int, placement: Placement) -> int:
+    """Rows that a device may ask of an owner in one round: twice the mean, and a few.
+
+    >>> capacity_for(1000, Placement(rows=4))
+    564
+    """
+    return 2 * -(-requests * placement.columns // placement.rows) + 64
+
+
 def _each(rounds: Rounds, one: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
     if isinstance(rounds, int):
         return one(jnp.int32(0), carry)
@@ -216,10 +255,18 @@ def summed(
 
 
 def applied(
-    table: tuple[jax.Array, ...], places: jax.Array, gradient: jax.Array, rule: Rule
+    table: tuple[jax.Array, ...],
+    places: jax.Array,
+    gradient: jax.Array,
+    rule: Rule,
+    rows: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The pieces after these places, each at most once, took their gradients."""
-    old = tuple(read(piece, places) for piece in table)
+    """The pieces after these places, each at most once, took their gradients.
+
+    `rows` are those at the places, where they were read before.
+    """
+    known = () if rows is None else (rows,)
+    old = known + tuple(read(piece, places) for piece in table[len(known) :])
     at = jnp.where(places < 0, table[0].shape[0], places)
     return tuple(
         piece.at[at].set(rows.astype(piece.dtype), mode="drop", unique_indices=True)

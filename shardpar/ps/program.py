@@ -162,7 +162,13 @@ class SparseProgram:
                 "some; use find='auto'"
             )
         limits = tuple(self.tables[name].table.rows for name in self._names)
-        self._finder = HostFinder(self.calls, limits, len(self.devices))
+        self._finder = HostFinder(
+            self.calls,
+            limits,
+            len(self.devices),
+            tuple(self.tables[name].placement for name in self._names),
+            options.capacity,
+        )
 
     @cached_property
     def _shapes(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -356,7 +362,7 @@ class SparseProgram:
             _, rest = self.model.split(model)
             return total, (weight, {name: rest[name] for name in state.rest})
 
-        pulled = tuple(rows for rows, _, _ in got)
+        pulled = tuple(rows for rows, _, _, _ in got)
         (total, (weight, rest)), gradients = jax.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
         )(state.dense, pulled)
@@ -373,10 +379,10 @@ class SparseProgram:
             (state.dense, state.optimizer, state.rest),
         )
         tables = {
-            name: self._pushed(name, state, got[index][1:], gradients[1][index] * scale, fine)
+            name: self._pushed(name, state, got[index], gradients[1][index] * scale, fine)
             for index, name in enumerate(self._names)
         }
-        rounds = jnp.stack([jnp.asarray(rounds, jnp.int32) for _, _, rounds in got]).max()
+        rounds = jnp.stack([jnp.asarray(rounds, jnp.int32) for *_, rounds in got]).max()
         new = SparseState(kept[0], kept[2], kept[1], tables, state.step + 1)
         return new, {
             "loss": loss,
@@ -407,22 +413,26 @@ class SparseProgram:
 
     def _pulled(
         self, index: int, state: SparseState, wanted: Wanted
-    ) -> tuple[jax.Array, jax.Array, Any]:
+    ) -> tuple[jax.Array, Exchange, jax.Array, Any]:
+        """The rows of a table that a step wants, and the way they came."""
         name = self._names[index]
-        exchange = self._exchange(name, wanted.ids[index].shape[0])
-        asked = exchange.requests(wanted.ids[index])
+        placed, ids = self.tables[name], wanted.ids[index]
+        exchange = placed.exchange(
+            ids.shape[0], wanted.is_by_owner(index), capacity=self.options.capacity
+        )
+        asked = exchange.requests(ids)
         rounds = exchange.rounds(asked)
-        return exchange.pull(state.tables[name].rows, asked, rounds), asked, rounds
+        return exchange.pull(state.tables[name].rows, asked, rounds), exchange, asked, rounds
 
     def _pushed(
         self,
         name: str,
         state: SparseState,
-        route: tuple[jax.Array, Any],
+        got: tuple[jax.Array, Exchange, jax.Array, Any],
         gradient: jax.Array,
         fine: jax.Array,
     ) -> TableState:
-        asked, rounds = route
+        pulled, exchange, asked, rounds = got
         old, rule = state.tables[name], self.tables[name].table.optimizer
         rate = self._rate(state.step)
 
@@ -430,18 +440,11 @@ class SparseProgram:
             new, slots = rule.update(rows[0], rows[1:], gradient, old.step + 1, rate)
             return (new, *slots)
 
-        pieces, scratch = self._exchange(name, gradient.shape[0]).push(
-            jnp.where(fine, asked, -1), gradient, rounds, old.pieces, old.scratch, take
+        pieces, scratch = exchange.push(
+            jnp.where(fine, asked, -1), gradient, rounds, old.pieces, old.scratch, take, pulled
         )
         step = jnp.where(fine, old.step + 1, old.step)
         return TableState(pieces[0], pieces[1:], step, scratch, old.key)
-
-    def _exchange(self, name: str, requests: int) -> Exchange:
-        placed = self.tables[name]
-        shards = placed.placement.rows
-        mean = -(-requests * placed.placement.columns // shards)
-        capacity = self.options.capacity or (2 * mean + 64)
-        return Exchange(placed.placement, placed.table.rows, placed.table.dim, capacity)
 
     def _made(self, dense: Any, rest: Any) -> tuple[nnx.Module, list[Embed]]:
         """The model, with arrays of no rows in the place of tables."""

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from shardpar.errors import DataError, PlanError
 from shardpar.lowering.shardings import grid_sharding
 from shardpar.ps.dedup import rounded_size
-from shardpar.ps.exchange import COLUMNS, ROWS
+from shardpar.ps.exchange import COLUMNS, ROWS, Exchange, capacity_for
 from shardpar.ps.initializers import Initializer, Normal
 from shardpar.ps.optimizers import AdaGrad, RowOptimizer
 from shardpar.ps.placement import Placement
@@ -143,6 +143,11 @@ class PlacedTable:
             scratch=self.sharding(split_columns=False),
             key=grid_sharding(self.mesh, (), 0),
         )
+
+    def exchange(self, requests: int, by_owner: bool, *, capacity: int | None = None) -> Exchange:
+        """How rows travel when a device asks for so many; for other arguments see `Exchange`."""
+        capacity = capacity or capacity_for(requests, self.placement)
+        return Exchange(self.placement, self.table.rows, self.table.dim, capacity, by_owner)
 
     def init(self, key: jax.Array) -> TableState:
         """Every row as its initializer says, born sharded. `key` is a typed jax.random key."""

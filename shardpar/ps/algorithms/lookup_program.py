@@ -93,7 +93,12 @@ class LookupProgram:
         self._lookups, self._formula = tuple(lookups), formula
         self._rate = rate or optax.constant_schedule(1.0)
         calls = tuple(Call(lookup.table, lookup.source, ()) for lookup in self._lookups)
-        self._finder = HostFinder(calls, tuple(table.rows for table in tables), len(self.devices))
+        self._finder = HostFinder(
+            calls,
+            tuple(table.rows for table in tables),
+            len(self.devices),
+            (placement,) * len(tables),
+        )
 
     def init(self, seed: int = 0) -> tuple[TableState, ...]:
         """Every table as it begins; its values depend on the seed only."""
@@ -146,17 +151,18 @@ class LookupProgram:
         self, states: tuple[TableState, ...], batch: Batch, wanted: Wanted
     ) -> tuple[tuple[TableState, ...], dict[str, jax.Array]]:
         routes, pulled = [], []
-        for placed, state, ids in zip(self.tables, states, wanted.ids, strict=True):
-            exchange = _exchange(placed, ids.shape[0])
+        for index, (placed, state) in enumerate(zip(self.tables, states, strict=True)):
+            ids = wanted.ids[index]
+            exchange = placed.exchange(ids.shape[0], wanted.is_by_owner(index))
             asked = exchange.requests(ids)
             rounds = exchange.rounds(asked)
             routes.append((exchange, asked, rounds))
             pulled.append(exchange.pull(state.rows, asked, rounds))
         gradients, total, weight = self._worked(pulled, batch, wanted)
         new = [
-            self._pushed(placed, state, route, gradient)
-            for placed, state, route, gradient in zip(
-                self.tables, states, routes, gradients, strict=True
+            self._pushed(placed, state, (*route, rows), gradient)
+            for placed, state, route, rows, gradient in zip(
+                self.tables, states, routes, pulled, gradients, strict=True
             )
         ]
         total, weight = lax.psum((total, weight), _EVERYWHERE)
@@ -166,7 +172,7 @@ class LookupProgram:
         self, pulled: list[jax.Array], batch: Batch, wanted: Wanted
     ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         """The gradients of the pulled rows, and the formula's two sums."""
-        places = [jnp.maximum(at, 0) for at in wanted.positions]
+        places = list(wanted.positions)
 
         def some(carry: Any, part: tuple[list[jax.Array], Batch]) -> tuple[Any, None]:
             sums, total, weight = carry
@@ -196,23 +202,20 @@ class LookupProgram:
         self,
         placed: PlacedTable,
         state: TableState,
-        route: tuple[Exchange, jax.Array, Any],
+        route: tuple[Exchange, jax.Array, Any, jax.Array],
         gradient: jax.Array,
     ) -> TableState:
-        exchange, asked, rounds = route
+        exchange, asked, rounds, pulled = route
         rule, rate = placed.table.optimizer, self._rate(state.step)
 
         def take(rows: Rows, gradient: jax.Array) -> Rows:
             new, slots = rule.update(rows[0], rows[1:], gradient, state.step + 1, rate)
             return (new, *slots)
 
-        pieces, scratch = exchange.push(asked, gradient, rounds, state.pieces, state.scratch, take)
+        pieces, scratch = exchange.push(
+            asked, gradient, rounds, state.pieces, state.scratch, take, pulled
+        )
         return TableState(pieces[0], pieces[1:], state.step + 1, scratch, state.key)
-
-
-def _exchange(placed: PlacedTable, requests: int) -> Exchange:
-    mean = -(-requests * placed.placement.columns // placed.placement.rows)
-    return Exchange(placed.placement, placed.table.rows, placed.table.dim, 2 * mean + 64)
 
 
 def trained(
