@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--samples", type=int, default=1_000_000)
     parser.add_argument("--test", type=int, default=100_000)
-    parser.add_argument("--seeds", type=int, default=5, help="beginnings of the FM")
+    parser.add_argument("--seeds", type=int, default=5, help="beginnings; of DeepFM two")
     parser.add_argument("--models", default="lr,fm,deepfm")
     parser.add_argument("--alone", action="store_true", help="without torch")
     parser.add_argument("--spread", action="store_true", help="only four devices against one")
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for name in arguments.models.split(","):
         runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
-        for seed in seeds(arguments.seeds if name == "fm" else 1):
+        for seed in seeds(2 if name == "deepfm" else arguments.seeds):
             for side, run in sides.items():
                 runs[side].append(run(name, train, test, seed))
         row = {"model": name}

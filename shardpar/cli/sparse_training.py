@@ -56,8 +56,8 @@ def train(
     config: SparseConfig, name: str, devices: int | None, *, json: bool, dry_run: bool
 ) -> None:
     """`shardpar train` of a model with tables."""
-    use_devices(devices)
     keep_freed_memory()
+    use_devices(devices)
     started = time.monotonic()
     path = config.train.run_dir
     if path is not None and RunDirectory(Path(path)).config_yaml.is_file():

@@ -209,9 +209,10 @@ class HostFinder:
         if placement.rows > 1:
             owners = [placement.home(part.ids, rows)[0] for part in parts]
             counts = [np.bincount(owner, minlength=placement.rows) for owner in owners]
-            key = (rows, sources, placement)
-            each = rounded_size(1 + max(int(c.max()) for c in counts), self._sizes.get(key, 0))
-            if each * placement.columns <= (self._capacity or capacity_for(most, placement)):
+            fullest = max(int(count.max()) for count in counts)
+            if fullest * placement.columns <= (self._capacity or capacity_for(most, placement)):
+                key = (rows, sources, placement)
+                each = rounded_size(1 + fullest, self._sizes.get(key, 0))
                 self._sizes[key] = each
                 pairs = [
                     _by_owner(part, owner, count, each)

@@ -30,6 +30,22 @@ Rule = Callable[[tuple[jax.Array, ...], jax.Array], tuple[jax.Array, ...]]
 
 
 @dataclass(frozen=True)
+class Route:
+    """How the requests of a step go; made by `Exchange.route`, inside a program.
+
+    Attributes:
+      wanted: int32[columns * u], of all devices of this one's grid row.
+      rounds: of exchange.
+      arrived: int32[shards, n], the places that others ask this device for; None where they
+        are told anew in every round.
+    """
+
+    wanted: jax.Array
+    rounds: Rounds
+    arrived: jax.Array | None
+
+
+@dataclass(frozen=True)
 class Exchange:
     """How one table's rows travel.
 
@@ -47,20 +63,114 @@ class Exchange:
     capacity: int
     by_owner: bool = False
 
-    def requests(self, ids: jax.Array) -> jax.Array:
-        """What all devices of this one's grid row want: int32[columns * u] from int32[u].
+    def route(self, ids: jax.Array) -> Route:
+        """Who asks whom for what.
 
         Args:
-          ids: what this device wants, no id twice; negative ones are padding.
+          ids: int32[u], what this device wants, no id twice; negative ones are padding.
         """
-        if self.placement.columns == 1:
-            return ids
-        return lax.all_gather(ids, COLUMNS, tiled=True)
+        wanted = ids
+        if self.placement.columns > 1:
+            wanted = lax.all_gather(ids, COLUMNS, tiled=True)
+        if self.placement.rows == 1 or not self.by_owner:
+            return Route(wanted, self._rounds(wanted), None)
+        asked = self._to_owners(self._places(wanted))
+        return Route(wanted, 1, lax.all_to_all(asked, ROWS, 0, 0, tiled=True))
 
-    def rounds(self, wanted: jax.Array) -> Rounds:
+    def pull(self, table: jax.Array, route: Route) -> jax.Array:
+        """The wanted rows, float[u, dim]; zeros where an id is negative.
+
+        Args:
+          table: this device's piece, [shard rows, shard columns].
+          route: from `route`.
+        """
+        if self.placement.rows == 1:
+            return self._narrowed(read(table, self._places(route.wanted)))
+        if route.arrived is not None:
+            found = read(table, route.arrived.reshape(-1)).reshape(*route.arrived.shape, -1)
+            back = lax.all_to_all(found, ROWS, 0, 0, tiled=True)
+            return self._narrowed(self._from_owners(back))
+        shard, place = self._home(route.wanted)
+        out = jnp.zeros((route.wanted.shape[0], table.shape[1]), table.dtype)
+
+        def one(turn: jax.Array, out: jax.Array) -> jax.Array:
+            asked, slot, here = self._sent(shard, place, turn, route.rounds)
+            got = lax.all_to_all(asked, ROWS, 0, 0, tiled=True)
+            found = read(table, got.reshape(-1))
+            back = lax.all_to_all(found.reshape(*got.shape, -1), ROWS, 0, 0, tiled=True)
+            flat = back.reshape(-1, table.shape[1])
+            return jnp.where(here[:, None], flat.at[slot].get(mode="fill", fill_value=0), out)
+
+        return self._narrowed(_each(route.rounds, one, out))
+
+    def push(
+        self,
+        route: Route,
+        gradient: jax.Array,
+        table: tuple[jax.Array, ...],
+        scratch: jax.Array,
+        rule: Rule,
+        *,
+        pulled: jax.Array | None = None,
+        take: bool | jax.Array = True,
+    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
+        """Gives the owners their rows' gradients, summed, and lets them take these.
+
+        Args:
+          route: that they were pulled by.
+          gradient: float[u, dim], of this device's rows.
+          table: this device's piece and its slots.
+          scratch: int32[shard rows].
+          rule: how rows take gradients.
+          pulled: what `pull` gave; a device that has all rows need not read them again.
+          take: where False, all rows stay as they are; the same on all devices.
+
+        Returns:
+          The new pieces, and the scratch.
+        """
+
+        def taken(places: jax.Array) -> jax.Array:
+            return jnp.where(take, places, -1)
+
+        if self.placement.replicated:
+            everyone = (ROWS, COLUMNS)
+            places = lax.all_gather(route.wanted, everyone, tiled=True)
+            sums = lax.all_gather(gradient, everyone, tiled=True)
+            places, sums, scratch = summed(places, sums, scratch)
+            return applied(table, taken(places), sums, rule), scratch
+        sums = self._widened(gradient)
+        if self.placement.rows == 1:
+            places = self._places(route.wanted)
+            if self.placement.columns > 1:
+                places, sums, scratch = summed(places, sums, scratch)
+                pulled = None
+            return applied(table, taken(places), sums, rule, pulled), scratch
+        if route.arrived is not None:
+            places = route.arrived.reshape(-1)
+            parts = lax.all_to_all(self._to_owners(sums), ROWS, 0, 0, tiled=True)
+            places, total, scratch = summed(places, parts.reshape(places.size, -1), scratch)
+            return applied(table, taken(places), total, rule), scratch
+        shard, place = self._home(route.wanted)
+
+        def one(turn: jax.Array, carry: tuple) -> tuple:
+            table, scratch = carry
+            asked, slot, _ = self._sent(shard, place, turn, route.rounds)
+            size = asked.shape[0] * asked.shape[1]
+            filled = jnp.zeros((size, sums.shape[1]), sums.dtype)
+            filled = filled.at[slot].set(sums, mode="drop", unique_indices=True)
+            got = lax.all_to_all(asked, ROWS, 0, 0, tiled=True).reshape(-1)
+            parts = lax.all_to_all(
+                filled.reshape(*asked.shape, -1), ROWS, 0, 0, tiled=True
+            ).reshape(size, -1)
+            places, total, scratch = summed(got, parts, scratch)
+            return applied(table, taken(places), total, rule), scratch
+
+        return _each(route.rounds, one, (table, scratch))
+
+    def _rounds(self, wanted: jax.Array) -> Rounds:
         """How many rounds the requests of all devices need: a power of two, mostly 1."""
         limit = max(self.capacity, self.placement.columns)
-        if self.placement.rows == 1 or self.by_owner or limit >= wanted.shape[0]:
+        if self.placement.rows == 1 or limit >= wanted.shape[0]:
             return 1
         shard, place = self._home(wanted)
 
@@ -81,94 +191,9 @@ class Exchange:
         one = jnp.int32(1)
         return lax.while_loop(lambda carry: carry[1], wider, (one, too_few(one)))[0]
 
-    def pull(self, table: jax.Array, wanted: jax.Array, rounds: Rounds) -> jax.Array:
-        """The wanted rows, float[u, dim]; zeros where an id is negative.
-
-        Args:
-          table: this device's piece, [shard rows, shard columns].
-          wanted: from `requests`.
-          rounds: from `rounds`.
-        """
-        if self.placement.rows == 1:
-            return self._narrowed(read(table, jnp.where(wanted >= 0, self._home(wanted)[1], -1)))
-        shard, place = self._home(wanted)
-        if self.by_owner:
-            asked = jnp.where(wanted >= 0, place, -1)
-            got = lax.all_to_all(self._to_owners(asked), ROWS, 0, 0, tiled=True)
-            found = read(table, got.reshape(-1))
-            back = lax.all_to_all(found.reshape(*got.shape, -1), ROWS, 0, 0, tiled=True)
-            return self._narrowed(self._from_owners(back))
-        out = jnp.zeros((wanted.shape[0], table.shape[1]), table.dtype)
-
-        def one(turn: jax.Array, out: jax.Array) -> jax.Array:
-            asked, slot, here = self._sent(shard, place, turn, rounds)
-            got = lax.all_to_all(asked, ROWS, 0, 0, tiled=True)
-            found = read(table, got.reshape(-1))
-            back = lax.all_to_all(found.reshape(*got.shape, -1), ROWS, 0, 0, tiled=True)
-            flat = back.reshape(-1, table.shape[1])
-            return jnp.where(here[:, None], flat.at[slot].get(mode="fill", fill_value=0), out)
-
-        return self._narrowed(_each(rounds, one, out))
-
-    def push(
-        self,
-        wanted: jax.Array,
-        gradient: jax.Array,
-        rounds: Rounds,
-        table: tuple[jax.Array, ...],
-        scratch: jax.Array,
-        rule: Rule,
-        pulled: jax.Array | None = None,
-    ) -> tuple[tuple[jax.Array, ...], jax.Array]:
-        """Gives the owners their rows' gradients, summed, and lets them take these.
-
-        Args:
-          wanted: as they were pulled.
-          rounds: likewise.
-          gradient: float[u, dim], of this device's rows.
-          table: this device's piece and its slots.
-          scratch: int32[shard rows].
-          rule: how rows take gradients.
-          pulled: what `pull` gave; a device that has all rows need not read them again.
-
-        Returns:
-          The new pieces, and the scratch.
-        """
-        if self.placement.replicated:
-            everyone = (ROWS, COLUMNS)
-            places = lax.all_gather(wanted, everyone, tiled=True)
-            sums = lax.all_gather(gradient, everyone, tiled=True)
-            places, sums, scratch = summed(places, sums, scratch)
-            return applied(table, places, sums, rule), scratch
-        sums = self._widened(gradient)
-        shard, place = self._home(wanted)
-        if self.placement.rows == 1:
-            places = jnp.where(wanted >= 0, place, -1)
-            if self.placement.columns > 1:
-                places, sums, scratch = summed(places, sums, scratch)
-                pulled = None
-            return applied(table, places, sums, rule, pulled), scratch
-        if self.by_owner:
-            asked = self._to_owners(jnp.where(wanted >= 0, place, -1))
-            got = lax.all_to_all(asked, ROWS, 0, 0, tiled=True).reshape(-1)
-            parts = lax.all_to_all(self._to_owners(sums), ROWS, 0, 0, tiled=True)
-            places, total, scratch = summed(got, parts.reshape(got.shape[0], -1), scratch)
-            return applied(table, places, total, rule), scratch
-
-        def one(turn: jax.Array, carry: tuple) -> tuple:
-            table, scratch = carry
-            asked, slot, _ = self._sent(shard, place, turn, rounds)
-            size = asked.shape[0] * asked.shape[1]
-            filled = jnp.zeros((size, sums.shape[1]), sums.dtype)
-            filled = filled.at[slot].set(sums, mode="drop", unique_indices=True)
-            got = lax.all_to_all(asked, ROWS, 0, 0, tiled=True).reshape(-1)
-            parts = lax.all_to_all(
-                filled.reshape(*asked.shape, -1), ROWS, 0, 0, tiled=True
-            ).reshape(size, -1)
-            places, total, scratch = summed(got, parts, scratch)
-            return applied(table, places, total, rule), scratch
-
-        return _each(rounds, one, (table, scratch))
+    def _places(self, wanted: jax.Array) -> jax.Array:
+        """Where ids are in their owner's piece; negative for padding."""
+        return jnp.where(wanted >= 0, self._home(wanted)[1], -1)
 
     def _home(self, wanted: jax.Array) -> tuple[jax.Array, jax.Array]:
         shard, place = self.placement.home(wanted, self.rows)

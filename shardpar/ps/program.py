@@ -35,7 +35,7 @@ from shardpar.ps.asked import (
 )
 from shardpar.ps.dedup import rounded_size
 from shardpar.ps.embed import Embed, tables_of
-from shardpar.ps.exchange import COLUMNS, ROWS, Exchange
+from shardpar.ps.exchange import COLUMNS, ROWS, Exchange, Route
 from shardpar.ps.placement import Placement
 from shardpar.ps.table import PlacedTable, TableState, device_grid
 
@@ -362,7 +362,7 @@ class SparseProgram:
             _, rest = self.model.split(model)
             return total, (weight, {name: rest[name] for name in state.rest})
 
-        pulled = tuple(rows for rows, _, _, _ in got)
+        pulled = tuple(rows for rows, _, _ in got)
         (total, (weight, rest)), gradients = jax.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
         )(state.dense, pulled)
@@ -382,13 +382,13 @@ class SparseProgram:
             name: self._pushed(name, state, got[index], gradients[1][index] * scale, fine)
             for index, name in enumerate(self._names)
         }
-        rounds = jnp.stack([jnp.asarray(rounds, jnp.int32) for *_, rounds in got]).max()
+        rounds = jnp.stack([jnp.asarray(route.rounds, jnp.int32) for *_, route in got]).max()
         new = SparseState(kept[0], kept[2], kept[1], tables, state.step + 1)
         return new, {
             "loss": loss,
             "weight": weight,
             "rounds": rounds,
-            "ids_outside": lax.psum(outside, _EVERYWHERE),
+            "ids_outside": outside,
         }
 
     def _summed(self, model: nnx.Module, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -409,30 +409,31 @@ class SparseProgram:
         if wanted is not None:
             return wanted, jnp.int32(0)
         asked = recorded(lambda: self._made(state.dense, state.rest), run, batch)
-        return found_in_program(asked, tuple(self.tables[name].table.rows for name in self._names))
+        rows = tuple(self.tables[name].table.rows for name in self._names)
+        wanted, outside = found_in_program(asked, rows)
+        return wanted, lax.psum(outside, _EVERYWHERE)
 
     def _pulled(
         self, index: int, state: SparseState, wanted: Wanted
-    ) -> tuple[jax.Array, Exchange, jax.Array, Any]:
+    ) -> tuple[jax.Array, Exchange, Route]:
         """The rows of a table that a step wants, and the way they came."""
         name = self._names[index]
         placed, ids = self.tables[name], wanted.ids[index]
         exchange = placed.exchange(
             ids.shape[0], wanted.is_by_owner(index), capacity=self.options.capacity
         )
-        asked = exchange.requests(ids)
-        rounds = exchange.rounds(asked)
-        return exchange.pull(state.tables[name].rows, asked, rounds), exchange, asked, rounds
+        route = exchange.route(ids)
+        return exchange.pull(state.tables[name].rows, route), exchange, route
 
     def _pushed(
         self,
         name: str,
         state: SparseState,
-        got: tuple[jax.Array, Exchange, jax.Array, Any],
+        got: tuple[jax.Array, Exchange, Route],
         gradient: jax.Array,
         fine: jax.Array,
     ) -> TableState:
-        pulled, exchange, asked, rounds = got
+        pulled, exchange, route = got
         old, rule = state.tables[name], self.tables[name].table.optimizer
         rate = self._rate(state.step)
 
@@ -441,7 +442,7 @@ class SparseProgram:
             return (new, *slots)
 
         pieces, scratch = exchange.push(
-            jnp.where(fine, asked, -1), gradient, rounds, old.pieces, old.scratch, take, pulled
+            route, gradient, old.pieces, old.scratch, take, pulled=pulled, take=fine
         )
         step = jnp.where(fine, old.step + 1, old.step)
         return TableState(pieces[0], pieces[1:], step, scratch, old.key)

@@ -22,7 +22,7 @@ from shardpar.errors import PlanError
 from shardpar.lowering.shardings import grid_sharding
 from shardpar.ps.algorithms.embeddings import Progress
 from shardpar.ps.asked import Call, HostFinder, Wanted
-from shardpar.ps.exchange import COLUMNS, ROWS, Exchange
+from shardpar.ps.exchange import COLUMNS, ROWS, Exchange, Route
 from shardpar.ps.placement import Placement
 from shardpar.ps.table import PlacedTable, Table, TableState, device_grid
 
@@ -154,14 +154,13 @@ class LookupProgram:
         for index, (placed, state) in enumerate(zip(self.tables, states, strict=True)):
             ids = wanted.ids[index]
             exchange = placed.exchange(ids.shape[0], wanted.is_by_owner(index))
-            asked = exchange.requests(ids)
-            rounds = exchange.rounds(asked)
-            routes.append((exchange, asked, rounds))
-            pulled.append(exchange.pull(state.rows, asked, rounds))
+            route = exchange.route(ids)
+            routes.append((exchange, route))
+            pulled.append(exchange.pull(state.rows, route))
         gradients, total, weight = self._worked(pulled, batch, wanted)
         new = [
-            self._pushed(placed, state, (*route, rows), gradient)
-            for placed, state, route, rows, gradient in zip(
+            self._pushed(placed, state, way, rows, gradient)
+            for placed, state, way, rows, gradient in zip(
                 self.tables, states, routes, pulled, gradients, strict=True
             )
         ]
@@ -202,10 +201,11 @@ class LookupProgram:
         self,
         placed: PlacedTable,
         state: TableState,
-        route: tuple[Exchange, jax.Array, Any, jax.Array],
+        way: tuple[Exchange, Route],
+        pulled: jax.Array,
         gradient: jax.Array,
     ) -> TableState:
-        exchange, asked, rounds, pulled = route
+        exchange, route = way
         rule, rate = placed.table.optimizer, self._rate(state.step)
 
         def take(rows: Rows, gradient: jax.Array) -> Rows:
@@ -213,7 +213,7 @@ class LookupProgram:
             return (new, *slots)
 
         pieces, scratch = exchange.push(
-            asked, gradient, rounds, state.pieces, state.scratch, take, pulled
+            route, gradient, state.pieces, state.scratch, take, pulled=pulled
         )
         return TableState(pieces[0], pieces[1:], state.step + 1, scratch, state.key)
 
