@@ -77,19 +77,25 @@ class Exchange:
         asked = self._to_owners(self._places(wanted))
         return Route(wanted, 1, lax.all_to_all(asked, ROWS, 0, 0, tiled=True))
 
-    def pull(self, table: jax.Array, route: Route) -> jax.Array:
+    def pull(self, table: jax.Array, route: Route) -> tuple[jax.Array, jax.Array | None]:
         """The wanted rows, float[u, dim]; zeros where an id is negative.
 
         Args:
           table: this device's piece, [shard rows, shard columns].
           route: from `route`.
+
+        Returns:
+          The rows; and what this device read of its own piece, for `push`, which need not
+          read that again. None where it would have to.
         """
         if self.placement.rows == 1:
-            return self._narrowed(read(table, self._places(route.wanted)))
+            found = read(table, self._places(route.wanted))
+            return self._narrowed(found), None if self.placement.replicated else found
         if route.arrived is not None:
-            found = read(table, route.arrived.reshape(-1)).reshape(*route.arrived.shape, -1)
-            back = lax.all_to_all(found, ROWS, 0, 0, tiled=True)
-            return self._narrowed(self._from_owners(back))
+            found = read(table, route.arrived.reshape(-1))
+            answers = found.reshape(*route.arrived.shape, -1)
+            back = lax.all_to_all(answers, ROWS, 0, 0, tiled=True)
+            return self._narrowed(self._from_owners(back)), found
         shard, place = self._home(route.wanted)
         out = jnp.zeros((route.wanted.shape[0], table.shape[1]), table.dtype)
 
@@ -101,7 +107,7 @@ class Exchange:
             flat = back.reshape(-1, table.shape[1])
             return jnp.where(here[:, None], flat.at[slot].get(mode="fill", fill_value=0), out)
 
-        return self._narrowed(_each(route.rounds, one, out))
+        return self._narrowed(_each(route.rounds, one, out)), None
 
     def push(
         self,
@@ -111,7 +117,7 @@ class Exchange:
         scratch: jax.Array,
         rule: Rule,
         *,
-        pulled: jax.Array | None = None,
+        found: jax.Array | None = None,
         take: bool | jax.Array = True,
     ) -> tuple[tuple[jax.Array, ...], jax.Array]:
         """Gives the owners their rows' gradients, summed, and lets them take these.
@@ -122,7 +128,7 @@ class Exchange:
           table: this device's piece and its slots.
           scratch: int32[shard rows].
           rule: how rows take gradients.
-          pulled: what `pull` gave; a device that has all rows need not read them again.
+          found: what `pull` read, if the table is still the same.
           take: where False, all rows stay as they are; the same on all devices.
 
         Returns:
@@ -143,13 +149,12 @@ class Exchange:
             places = self._places(route.wanted)
             if self.placement.columns > 1:
                 places, sums, scratch = summed(places, sums, scratch)
-                pulled = None
-            return applied(table, taken(places), sums, rule, pulled), scratch
+            return applied(table, taken(places), sums, rule, found), scratch
         if route.arrived is not None:
             places = route.arrived.reshape(-1)
             parts = lax.all_to_all(self._to_owners(sums), ROWS, 0, 0, tiled=True)
             places, total, scratch = summed(places, parts.reshape(places.size, -1), scratch)
-            return applied(table, taken(places), total, rule), scratch
+            return applied(table, taken(places), total, rule, found), scratch
         shard, place = self._home(route.wanted)
 
         def one(turn: jax.Array, carry: tuple) -> tuple:

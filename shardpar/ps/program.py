@@ -320,7 +320,7 @@ class SparseProgram:
         def local(state: SparseState, batch: Batch, wanted: Wanted | None) -> Any:
             wanted, _ = self._wanted(state, batch, wanted, run)
             pulled = tuple(
-                self._pulled(index, state, wanted)[0] for index in range(len(self._names))
+                self._pulled(index, state, wanted)[0][0] for index in range(len(self._names))
             )
             model, _ = self._lent(state.dense, state.rest, pulled, wanted)
             return jax.tree.map(lambda x: jnp.atleast_1d(jnp.asarray(x)), run(model, batch))
@@ -362,7 +362,7 @@ class SparseProgram:
             _, rest = self.model.split(model)
             return total, (weight, {name: rest[name] for name in state.rest})
 
-        pulled = tuple(rows for rows, _, _ in got)
+        pulled = tuple(rows for (rows, _), _, _ in got)
         (total, (weight, rest)), gradients = jax.value_and_grad(
             objective, argnums=(0, 1), has_aux=True
         )(state.dense, pulled)
@@ -415,8 +415,8 @@ class SparseProgram:
 
     def _pulled(
         self, index: int, state: SparseState, wanted: Wanted
-    ) -> tuple[jax.Array, Exchange, Route]:
-        """The rows of a table that a step wants, and the way they came."""
+    ) -> tuple[tuple[jax.Array, jax.Array | None], Exchange, Route]:
+        """What `Exchange.pull` gives of a table for a step, and the way it came."""
         name = self._names[index]
         placed, ids = self.tables[name], wanted.ids[index]
         exchange = placed.exchange(
@@ -429,11 +429,11 @@ class SparseProgram:
         self,
         name: str,
         state: SparseState,
-        got: tuple[jax.Array, Exchange, Route],
+        got: tuple[tuple[jax.Array, jax.Array | None], Exchange, Route],
         gradient: jax.Array,
         fine: jax.Array,
     ) -> TableState:
-        pulled, exchange, route = got
+        (_, found), exchange, route = got
         old, rule = state.tables[name], self.tables[name].table.optimizer
         rate = self._rate(state.step)
 
@@ -442,7 +442,7 @@ class SparseProgram:
             return (new, *slots)
 
         pieces, scratch = exchange.push(
-            route, gradient, old.pieces, old.scratch, take, pulled=pulled, take=fine
+            route, gradient, old.pieces, old.scratch, take, found=found, take=fine
         )
         step = jnp.where(fine, old.step + 1, old.step)
         return TableState(pieces[0], pieces[1:], step, scratch, old.key)

@@ -150,18 +150,20 @@ class LookupProgram:
     def _local(
         self, states: tuple[TableState, ...], batch: Batch, wanted: Wanted
     ) -> tuple[tuple[TableState, ...], dict[str, jax.Array]]:
-        routes, pulled = [], []
+        routes, pulled, found = [], [], []
         for index, (placed, state) in enumerate(zip(self.tables, states, strict=True)):
             ids = wanted.ids[index]
             exchange = placed.exchange(ids.shape[0], wanted.is_by_owner(index))
             route = exchange.route(ids)
             routes.append((exchange, route))
-            pulled.append(exchange.pull(state.rows, route))
+            rows, read = exchange.pull(state.rows, route)
+            pulled.append(rows)
+            found.append(read)
         gradients, total, weight = self._worked(pulled, batch, wanted)
         new = [
-            self._pushed(placed, state, way, rows, gradient)
-            for placed, state, way, rows, gradient in zip(
-                self.tables, states, routes, pulled, gradients, strict=True
+            self._pushed(placed, state, way, read, gradient)
+            for placed, state, way, read, gradient in zip(
+                self.tables, states, routes, found, gradients, strict=True
             )
         ]
         total, weight = lax.psum((total, weight), _EVERYWHERE)
@@ -202,7 +204,7 @@ class LookupProgram:
         placed: PlacedTable,
         state: TableState,
         way: tuple[Exchange, Route],
-        pulled: jax.Array,
+        found: jax.Array | None,
         gradient: jax.Array,
     ) -> TableState:
         exchange, route = way
@@ -213,7 +215,7 @@ class LookupProgram:
             return (new, *slots)
 
         pieces, scratch = exchange.push(
-            route, gradient, state.pieces, state.scratch, take, pulled=pulled
+            route, gradient, state.pieces, state.scratch, take, found=found
         )
         return TableState(pieces[0], pieces[1:], state.step + 1, scratch, state.key)
 
