@@ -29,6 +29,7 @@ from shardpar.cli.why import against_table, verdict, why_lines, why_tables
 from shardpar.config.model_source import build_options, find_model, load_model_source
 from shardpar.config.schema import RunConfig
 from shardpar.errors import ConfigError, UserError
+from shardpar.lowering.allocator import keep_freed_memory
 from shardpar.lowering.collectives import collectives
 from shardpar.lowering.devices import local_cluster, roomy_thread_pool, use_virtual_devices
 from shardpar.lowering.lower import AnyProgram
@@ -77,12 +78,13 @@ class Planned:
 
 
 def use_devices(devices: int | None, where: Rendezvous | None = None) -> Peers:
-    """Chooses jax's backend before it starts, and turns the compilation cache on.
+    """Chooses jax's backend before it starts, keeps freed memory, and turns the cache on.
 
     Args:
       devices: virtual CPU devices of this process; None takes those that are there.
       where: to meet the other processes.
     """
+    keep_freed_memory()
     if devices is not None:
         use_virtual_devices(devices)
     elif where is not None:

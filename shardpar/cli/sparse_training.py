@@ -26,7 +26,6 @@ from shardpar.config.model_source import build_options, find_model, load_model_s
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import SparseConfig
 from shardpar.errors import ConfigError, DataError, RunError
-from shardpar.lowering.allocator import keep_freed_memory
 from shardpar.lowering.devices import local_cluster
 from shardpar.ps.data.batches import eval_batches
 from shardpar.ps.data.open import open_parts
@@ -56,7 +55,6 @@ def train(
     config: SparseConfig, name: str, devices: int | None, *, json: bool, dry_run: bool
 ) -> None:
     """`shardpar train` of a model with tables."""
-    keep_freed_memory()
     use_devices(devices)
     started = time.monotonic()
     path = config.train.run_dir

@@ -16,6 +16,7 @@ import optax
 
 from shardpar.capture.trace import Captured
 from shardpar.errors import PlanError
+from shardpar.lowering.allocator import return_freed_memory
 from shardpar.lowering.homes import Move
 from shardpar.lowering.lower import AnyProgram, lower
 from shardpar.lowering.options import ProgramOptions
@@ -172,6 +173,7 @@ class Programs:
             trees[name][2].settled({path: moved[f"{name}{path}"] for path in trees[name][2].leaves})
             for name in names
         ]
+        return_freed_memory()
         return Switched(new, *settled)
 
     def rescue(
