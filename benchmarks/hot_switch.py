@@ -5,8 +5,8 @@
 
 Eight virtual CPU devices share one memory, so plans that hold many copies of the state are left
 out: see `--copies`. Bits and bytes are what they are; seconds only compare with each other. With
-`--memory returned` freed memory goes back to the system, as accelerators' never does: three times
-the seconds, and a third of the memory between switches.
+`--memory returned` each piece is mapped by itself and goes back to the system, as accelerators'
+memory never does: three times the seconds, and a third of the memory between switches.
 """
 
 from __future__ import annotations

@@ -31,7 +31,12 @@ from shardpar.config.schema import RunConfig
 from shardpar.errors import ConfigError, UserError
 from shardpar.lowering.allocator import keep_freed_memory
 from shardpar.lowering.collectives import collectives
-from shardpar.lowering.devices import local_cluster, roomy_thread_pool, use_virtual_devices
+from shardpar.lowering.devices import (
+    local_cluster,
+    only_cpus,
+    roomy_thread_pool,
+    use_virtual_devices,
+)
 from shardpar.lowering.lower import AnyProgram
 from shardpar.lowering.lower import lower as lower_plan
 from shardpar.lowering.target import Target, prepare_environment, single, target_of
@@ -84,11 +89,12 @@ def use_devices(devices: int | None, where: Rendezvous | None = None) -> Peers:
       devices: virtual CPU devices of this process; None takes those that are there.
       where: to meet the other processes.
     """
-    keep_freed_memory()
+    if devices is not None or only_cpus():
+        keep_freed_memory()
+    if where is not None:
+        roomy_thread_pool(devices or 1)
     if devices is not None:
         use_virtual_devices(devices)
-    elif where is not None:
-        roomy_thread_pool()
     peers = meet(where)
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

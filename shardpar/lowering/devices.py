@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 import jax
 import psutil
@@ -56,6 +58,22 @@ def use_virtual_devices(count: int) -> None:
             f"use_virtual_devices({count}) comes too late: jax has started already; "
             "call it before any other use of jax"
         ) from error
+
+
+def only_cpus(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether jax can find nothing but CPUs here, without starting it.
+
+    Args:
+      environment: with JAX_PLATFORMS, if that was chosen.
+
+    Example:
+      >>> only_cpus({"JAX_PLATFORMS": "cpu"}), only_cpus({"JAX_PLATFORMS": "cuda,cpu"})
+      (True, False)
+    """
+    chosen = environment.get("JAX_PLATFORMS")
+    if chosen:
+        return chosen == "cpu"
+    return not entry_points(group="jax_plugins") and find_spec("libtpu") is None
 
 
 def roomy_thread_pool(devices: int = 1) -> None:
@@ -138,7 +156,10 @@ def _memory_bytes(device: jax.Device, count: int) -> float:
 
 
 def peak_bytes_in_use(devices: Sequence[jax.Device]) -> float:
-    """Most bytes any of these that are here has held; on CPUs, this process's resident memory."""
+    """Most bytes any of these that are here has held.
+
+    On CPUs it is this process's resident memory, freed memory that stays with it included.
+    """
     here = [device for device in devices if device.process_index == jax.process_index()]
     stats = [device.memory_stats() for device in here if device.platform != "cpu"]
     known = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]

@@ -173,7 +173,8 @@ class Programs:
             trees[name][2].settled({path: moved[f"{name}{path}"] for path in trees[name][2].leaves})
             for name in names
         ]
-        return_freed_memory()
+        if self.devices[0].platform == "cpu":
+            return_freed_memory()
         return Switched(new, *settled)
 
     def rescue(

@@ -25,12 +25,17 @@ from shardpar.ps.dedup import (
     sorted_representatives,
 )
 from shardpar.ps.embed import Embed, PulledRows, Recorder
-from shardpar.ps.exchange import capacity_for
+from shardpar.ps.exchange import usual_capacity
 from shardpar.ps.placement import Placement
 from shardpar.ps.table import require_ids
 
 LARGEST_SCRATCH = 1 << 26
 """Rows up to which a program finds repeats in a scratch array instead of sorting."""
+
+_FEWEST = 16
+_OVERFLOWS = 3
+"""Batches of which an owner was asked for too much, after which all go in rounds: each way of a
+table has a program of its own."""
 
 Batch = Mapping[str, Any]
 Make = Callable[[], tuple[nnx.Module, list[Embed]]]
@@ -140,11 +145,12 @@ class HostFinder:
           placements: of each table; with them requests are put by owner. None leaves them as
             they come.
           capacity: the most that a device asks of an owner at a time; None takes
-            `capacity_for`.
+            `usual_capacity`.
         """
         self._calls, self._rows, self._devices = calls, rows, devices
         self._placements = placements or (Placement(),) * len(rows)
         self._capacity = capacity
+        self._overflows: dict[tuple[Any, ...], int] = {}
         self._sizes: dict[tuple[Any, ...], int] = {}
         self._dedup: dict[int, HostDedup] = {}
 
@@ -183,7 +189,9 @@ class HostFinder:
         arrays = [np.asarray(batch[source]) for source in sources]
         for source, array in zip(sources, arrays, strict=True):
             require_at_most(array, rows, source)
-        dedup = self._dedup.setdefault(rows, HostDedup(rows))
+        if rows not in self._dedup:
+            self._dedup[rows] = HostDedup(rows)
+        dedup = self._dedup[rows]
         parts = []
         for device in range(self._devices):
             own = [_part(array, device, self._devices).reshape(-1) for array in arrays]
@@ -206,13 +214,18 @@ class HostFinder:
         One more than the ids of a device are laid out: padding is found at a -1.
         """
         most = 1 + max(part.ids.size for part in parts)
-        if placement.rows > 1:
+        key = (rows, sources, placement)
+        if placement.rows > 1 and self._overflows.get(key, 0) < _OVERFLOWS:
             owners = [placement.home(part.ids, rows)[0] for part in parts]
             counts = [np.bincount(owner, minlength=placement.rows) for owner in owners]
             fullest = max(int(count.max()) for count in counts)
-            if fullest * placement.columns <= (self._capacity or capacity_for(most, placement)):
-                key = (rows, sources, placement)
-                each = rounded_size(1 + fullest, self._sizes.get(key, 0))
+            limit = (self._capacity or usual_capacity(most, placement)) // placement.columns
+            if fullest > limit:
+                self._overflows[key] = self._overflows.get(key, 0) + 1
+            else:
+                # One more than the ids, for padding.
+                each = min(rounded_size(1 + fullest, first=_FEWEST), 1 + limit)
+                each = max(each, self._sizes.get(key, 0))
                 self._sizes[key] = each
                 pairs = [
                     _by_owner(part, owner, count, each)
@@ -223,15 +236,22 @@ class HostFinder:
         self._sizes[sources] = size
         return (
             _joined([padded(part.ids, size) for part in parts]),
-            [_with_padding_at(part.ids.size, part.positions) for part in parts],
+            [_with_padding_at(p.ids.size, size - p.ids.size, p.positions) for p in parts],
             False,
         )
 
 
-def _with_padding_at(place: int, positions: np.ndarray) -> np.ndarray:
+def _with_padding_at(first: int, places: int, positions: np.ndarray) -> np.ndarray:
+    """Positions whose padding is found at places from the first on, in turn.
+
+    At one place alone its gradients, which nobody takes, would all be added up one by one.
+    """
     if not positions.size or positions.min() >= 0:
         return positions
-    return np.where(positions < 0, np.int32(place), positions)
+    padding = np.flatnonzero(positions < 0)
+    positions = positions.copy()
+    positions[padding] = first + np.arange(padding.size, dtype=np.int32) % places
+    return positions
 
 
 def _by_owner(
@@ -240,16 +260,21 @@ def _by_owner(
     """A device's ids in parts of `each`, one per owner, and where its lookups find them."""
     order = np.argsort(owner.astype(np.uint16), kind="stable")
     begins = np.cumsum(counts) - counts
-    slots = np.empty(owner.size + 1, np.int32)
+    slots = np.empty(owner.size, np.int32)
     slots[order] = np.arange(owner.size) + np.repeat(np.arange(counts.size) * each - begins, counts)
-    # Position -1, of padding, is the last of these: a place behind the first owner's ids.
-    slots[-1] = counts[0]
     ids = np.full(counts.size * each, -1, np.int32)
-    ids[slots[:-1]] = part.ids
-    return ids, slots[part.positions]
+    ids[slots] = part.ids
+    if not slots.size:
+        return ids, _with_padding_at(0, each, part.positions)
+    found = slots.take(part.positions, mode="clip")
+    found[part.positions < 0] = -1
+    return ids, _with_padding_at(int(counts[0]), each - int(counts[0]), found)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    if not parts:
+        # A table that nothing is looked up in.
+        return np.zeros(0, np.int32)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 

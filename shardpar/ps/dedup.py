@@ -125,13 +125,15 @@ def padded(distinct: np.ndarray, size: int) -> np.ndarray:
     return out
 
 
-def rounded_size(count: int, at_least: int = 0) -> int:
+def rounded_size(count: int, at_least: int = 0, first: int = 256) -> int:
     """The size a program is compiled for: sizes grow by about a fifth, so that few are needed.
+
+    `first` is the smallest size, a power of two.
 
     >>> rounded_size(1000), rounded_size(1025), rounded_size(1000, at_least=2000)
     (1024, 1280, 2000)
     """
-    size = 256
+    size = first
     while size < count:
         power = 1 << (size.bit_length() - 1)
         size += power // 4

@@ -253,10 +253,10 @@ class Exchange:
         return own.reshape(-1, own.shape[2])
 
 
-def capacity_for(requests: int, placement: Placement) -> int:
+def usual_capacity(requests: int, placement: Placement) -> int:
     """Rows that a device may ask of an owner in one round: twice the mean, and a few.
 
-    >>> capacity_for(1000, Placement(rows=4))
+    >>> usual_capacity(1000, Placement(rows=4))
     564
     """
     return 2 * -(-requests * placement.columns // placement.rows) + 64

@@ -9,6 +9,7 @@ table that holds them all (`tables.fused`). A replicated table is on every devic
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, Literal
@@ -142,6 +143,21 @@ class Placement:
         if self.columns > 1:
             parts.append(f"columns over {self.columns}")
         return ", ".join(parts) or "one device"
+
+
+def placement_of(
+    given: Mapping[str, Placement] | Placement | None, name: str, devices: int
+) -> Placement:
+    """The placement of a table: its own, the one that is for all, or rows dealt over all devices.
+
+    >>> placement_of({"users": Placement(replicated=True)}, "items", 4).text()
+    'rows in turns over 4'
+    """
+    if isinstance(given, Placement):
+        return given
+    if given and name in given:
+        return given[name]
+    return Placement(rows=devices)
 
 
 def whole_tables(loads: tuple[float, ...], devices: int) -> tuple[int, ...]:

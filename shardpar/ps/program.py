@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from threading import Lock
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ from shardpar.ps.asked import (
 from shardpar.ps.dedup import rounded_size
 from shardpar.ps.embed import Embed, tables_of
 from shardpar.ps.exchange import COLUMNS, ROWS, Exchange, Route
-from shardpar.ps.placement import Placement
+from shardpar.ps.placement import Placement, placement_of
 from shardpar.ps.table import PlacedTable, TableState, device_grid
 
 _EVERYWHERE = (ROWS, COLUMNS)
@@ -125,7 +126,7 @@ class SparseProgram:
             raise PlanError("the model has no `ps.Embed` layer; train it with `shardpar.compile`")
         self._names = tuple(name for name, _ in named)
         count = len(self.devices)
-        placements = [_placement(options.placements, name, count) for name in self._names]
+        placements = [placement_of(options.placements, name, count) for name in self._names]
         grids = {(p.rows, p.columns) for p in placements if not p.replicated}
         if len(grids) > 1:
             raise PlanError(
@@ -162,6 +163,7 @@ class SparseProgram:
                 "some; use find='auto'"
             )
         limits = tuple(self.tables[name].table.rows for name in self._names)
+        self._finding = Lock()
         self._finder = HostFinder(
             self.calls,
             limits,
@@ -280,8 +282,11 @@ class SparseProgram:
                 f"the batch has {sorted(batch)}, the program was made for {sorted(self._batch)}"
             )
         self._require_divisible(batch)
-        found = self._finder(batch) if self._on_host else None
-        return dict(batch), found
+        if not self._on_host:
+            return dict(batch), None
+        # The next batch may be prepared while another is evaluated.
+        with self._finding:
+            return dict(batch), self._finder(batch)
 
     def evaluate(self, state: SparseState, batch: Mapping[str, Any]) -> dict[str, jax.Array]:
         """The loss of a batch, {"loss", "weight"}; the state stays."""
@@ -489,13 +494,3 @@ class SparseProgram:
 
 def _plain(x: Any) -> bool:
     return not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-
-
-def _placement(
-    given: Mapping[str, Placement] | Placement | None, name: str, devices: int
-) -> Placement:
-    if isinstance(given, Placement):
-        return given
-    if given and name in given:
-        return given[name]
-    return Placement(rows=devices)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from shardpar.errors import DataError, PlanError
 from shardpar.lowering.shardings import grid_sharding
 from shardpar.ps.dedup import rounded_size
-from shardpar.ps.exchange import COLUMNS, ROWS, Exchange, capacity_for
+from shardpar.ps.exchange import COLUMNS, ROWS, Exchange, usual_capacity
 from shardpar.ps.initializers import Initializer, Normal
 from shardpar.ps.optimizers import AdaGrad, RowOptimizer
 from shardpar.ps.placement import Placement
@@ -146,7 +146,7 @@ class PlacedTable:
 
     def exchange(self, requests: int, by_owner: bool, *, capacity: int | None = None) -> Exchange:
         """How rows travel when a device asks for so many; for other arguments see `Exchange`."""
-        capacity = capacity or capacity_for(requests, self.placement)
+        capacity = capacity or usual_capacity(requests, self.placement)
         return Exchange(self.placement, self.table.rows, self.table.dim, capacity, by_owner)
 
     def init(self, key: jax.Array) -> TableState:

@@ -70,6 +70,40 @@ def test_more_than_the_capacity_is_not_laid_out_by_owner():
     assert finder(Placement(rows=4))(batch).by_owner == (True,)
 
 
+def test_no_owner_is_asked_for_more_than_the_capacity_and_one_place_of_padding():
+    wanted = finder(Placement(rows=4), capacity=5)({"a": np.arange(24).reshape(8, 3) % 9,
+                                                    "b": np.arange(8) % 9})  # fmt: skip
+    assert wanted.by_owner == (True,)
+    assert wanted.ids[0].size == 4 * 4 * 6
+
+
+def test_after_three_overflows_a_table_keeps_to_rounds_and_to_one_program():
+    find = finder(Placement(rows=4), capacity=2)
+    few = {"a": np.zeros((8, 3), int), "b": np.zeros(8, int)}
+    many = {"a": np.arange(24).reshape(8, 3), "b": np.arange(8)}
+    seen = [find(batch).by_owner for batch in (few, many, few, many, few, many, few)]
+    assert seen == [(way,) for way in (True, False, True, False, True, False, False)]
+    np.testing.assert_array_equal(found(find(many))[0], many["a"])
+
+
+def test_padding_is_spread_over_places():
+    ids = np.full((8, 3), -1)
+    ids[0, 0] = 4
+    for placement in (Placement(), Placement(rows=4)):
+        wanted = finder(placement)({"a": ids, "b": ids[:, 0]})
+        np.testing.assert_array_equal(found(wanted)[0], ids)
+        for device in wanted.positions[0].reshape(4, -1)[1:]:
+            assert np.unique(device).size == device.size
+
+
+def test_a_table_that_nothing_is_looked_up_in_wants_nothing():
+    calls = (Call(0, "a", (8,)),)
+    find = HostFinder(calls, (ROWS, 7), 4, (Placement(rows=4), Placement(rows=4)))
+    wanted = find({"a": np.arange(8)})
+    assert (wanted.ids[1] == -1).all()
+    np.testing.assert_array_equal(found(wanted)[0], np.arange(8))
+
+
 def test_all_ids_of_one_owner_go_in_rounds_instead_of_mostly_empty_parts():
     # 2,000 distinct ids of one owner would make parts of 2,048 for each of four.
     calls = (Call(0, "a", (8000,)),)

@@ -153,10 +153,22 @@ def test_what_exceeds_the_capacity_goes_further_rounds_and_nothing_is_dropped(
     assert rounds > 1
 
 
-def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was() -> None:
+@pytest.mark.parametrize(
+    ("devices", "options"),
+    [
+        (2, ps.SparseOptions()),
+        (1, ps.SparseOptions()),
+        (2, ps.SparseOptions(capacity=1)),
+        (2, ps.SparseOptions(ps.Placement(replicated=True))),
+    ],
+    ids=["by owner", "one device", "rounds", "replicated"],
+)
+def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was(
+    devices: int, options: ps.SparseOptions
+) -> None:
     program = ps.SparseProgram(
         squared, lambda rngs: Bag(ps.AdaGrad(), rngs), optax.adam(1e-2), batch=batch(0),
-        devices=jax.devices()[:2],
+        devices=jax.devices()[:devices], options=options,
     )  # fmt: skip
     state = program.init()
     before = [*program.tables["embed"].whole(state.tables["embed"]), state.dense["out.kernel"]]
@@ -167,6 +179,23 @@ def test_a_loss_that_is_not_finite_leaves_the_state_as_it_was() -> None:
     assert not np.isfinite(metrics["loss"])
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new)
+
+
+def predicted(model: Any, seen: Any) -> jax.Array:
+    return model(seen)
+
+
+@pytest.mark.parametrize("capacity", [None, 1], ids=["by owner", "rounds"])
+def test_four_devices_predict_what_one_does(capacity: int | None) -> None:
+    found = []
+    for devices in (1, 4):
+        program = ps.SparseProgram(
+            squared, lambda rngs: Bag(ps.AdaGrad(), rngs), optax.adam(1e-2), batch=batch(0),
+            devices=jax.devices()[:devices], options=ps.SparseOptions(capacity=capacity),
+        )  # fmt: skip
+        state, _ = program.step(program.init(1), batch(0))
+        found.append(np.asarray(program.apply(state, batch(1), predicted)))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_ids_beyond_the_table_are_named_before_a_step() -> None:

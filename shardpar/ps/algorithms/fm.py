@@ -47,8 +47,8 @@ def first_and_second_order(scaled):
     """Scores [batch] of rows [batch, slots, 1 + factors], each times its feature's value."""
     total, square = scaled.sum(-2), (scaled * scaled).sum(-2)
     # Weighed instead of sliced: the gradient of a slice is padded, element by element.
-    weight = jnp.arange(scaled.shape[-1]) == 0
-    return jnp.where(weight, total, 0.5 * (total**2 - square)).sum(-1)
+    is_first_order = jnp.arange(scaled.shape[-1]) == 0
+    return jnp.where(is_first_order, total, 0.5 * (total**2 - square)).sum(-1)
 
 
 def build(options: FMOptions, rngs: nnx.Rngs) -> FM:

@@ -30,7 +30,7 @@ Batch = Mapping[str, Any]
 Rows = tuple[jax.Array, ...]
 Formula = Callable[[Rows, Batch], tuple[Rows, jax.Array, jax.Array]]
 """From the rows of each lookup and the batch to the gradient of each lookup's rows, a sum of
-losses, and how many losses that is. Padding gets any row, and must have a gradient of 0."""
+losses, and how many losses that is. Padding gets zeros, and nobody takes its gradient."""
 
 _EVERYWHERE = (ROWS, COLUMNS)
 _STEPS_BETWEEN_REPORTS = 100
