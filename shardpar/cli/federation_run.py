@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
+from shardpar.cli.signals import Signals, asked_by_signal
 from shardpar.cli.tables import console, print_json
 from shardpar.config.schema import FederatedConfig
 from shardpar.errors import ConfigError, RunError, UserError
@@ -83,10 +84,14 @@ def run(
     screen.print(
         f"{len(members)} processes with keys for tests; run directory: {folder}", highlight=False
     )
-    with _started(members, folder) as running, Progress(quiet=json) as progress:
+    with (
+        asked_by_signal() as signals,
+        _started(members, folder) as running,
+        Progress(quiet=json) as progress,
+    ):
         head = members[0].name
         rows = _Rows(folder / head / "metrics.jsonl", config.federated.rounds, progress, json=json)
-        code = _watch(running, members, rows, progress)
+        code = _watch(running, members, rows, progress, signals)
     return code
 
 
@@ -232,7 +237,6 @@ def _started(
 ) -> Iterator[dict[str, subprocess.Popen[bytes]]]:
     """The processes, ended with the block however it ends; their numbers are in `pids.json`."""
     running: Processes = {}
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         for member in members:
             with open(folder / f"{member.name}.log", "ab") as log:
@@ -248,7 +252,6 @@ def _started(
         write_atomically(folder / "pids.json", (json_format.dumps(pids) + "\n").encode())
         yield running
     finally:
-        signal.signal(signal.SIGTERM, before)
         processes = list(running.values())
         send(processes, signal.SIGTERM)
         until = time.monotonic() + _GRACE_S
@@ -259,24 +262,25 @@ def _started(
             process.wait()
 
 
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def _watch(
     running: Processes,
     members: Sequence[Member],
     rows: _Rows,
     progress: Progress,
+    signals: Signals,
 ) -> int:
     """Shows what happens until it is over.
 
     Raises:
       RunError: the aggregator failed, or all parties did.
+      KeyboardInterrupt: a signal asked to end. Not from the signal itself: raised in the middle
+        of anything, as in a finalizer, it may be lost.
     """
     head, *_ = members
     gone: dict[str, int] = {}
     while True:
+        if signals.should_stop():
+            raise KeyboardInterrupt
         rows.show()
         for name, process in running.items():
             code = process.poll()
@@ -304,6 +308,8 @@ def _watch(
         raise _failure(head.folder.parent, failed, code)
     until = time.monotonic() + _GRACE_S
     while any(p.poll() is None for p in running.values()) and time.monotonic() < until:
+        if signals.should_stop():
+            break
         time.sleep(_LOOK_S)
     progress.say(f"done; the model is {head.folder / 'model.npz'}")
     return 0
