@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--every-s", type=float, default=60)
-    parser.add_argument("--save-steps", type=int, default=10)
+    parser.add_argument("--save-steps", type=int, default=25)
     given = parser.parse_args(arguments)
     kills: list[Kill] = []
     loads = []
