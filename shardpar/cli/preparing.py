@@ -17,6 +17,7 @@ from shardpar.cli.arguments import read_cluster, read_config
 from shardpar.cli.mixing import PlannedBucket, RowsOfPipelines, planned_buckets
 from shardpar.cli.planning import Planned, capture, make_plan, use_devices
 from shardpar.cli.sampling import TOKENIZER, read_tokenizer
+from shardpar.cli.stored import require_same
 from shardpar.config.load import load
 from shardpar.config.model_source import find_model
 from shardpar.config.save import to_gin, to_yaml
@@ -309,14 +310,7 @@ def same_run(config: RunConfig, directory: RunDirectory) -> RunConfig:
         config = replace(
             config, optimizer=replace(config.optimizer, decay_steps=stored.optimizer.decay_steps)
         )
-    now, then = _fixed(config), _fixed(stored)
-    changed = [key for key in now if now[key] != then.get(key)]
-    if changed:
-        differences = "; ".join(f"{key} was {then.get(key)!r}, now {now[key]!r}" for key in changed)
-        raise ConfigError(
-            f"{directory.path} holds another run: {differences}; "
-            "use the old values, or another train.run_dir"
-        )
+    require_same(directory, _fixed(stored), _fixed(config))
     return config
 
 

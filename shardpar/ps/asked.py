@@ -33,6 +33,7 @@ LARGEST_SCRATCH = 1 << 26
 """Rows up to which a program finds repeats in a scratch array instead of sorting."""
 
 _FEWEST = 16
+"""Requests to an owner that a program is made for at least."""
 _OVERFLOWS = 3
 """Batches of which an owner was asked for too much, after which all go in rounds: each way of a
 table has a program of its own."""
@@ -196,15 +197,15 @@ class HostFinder:
         for device in range(self._devices):
             own = [_part(array, device, self._devices).reshape(-1) for array in arrays]
             parts.append(dedup(_joined(own)))
-        joined_ids, parts, arranged = self._laid_out(parts, rows, sources, placement)
+        ids, positions, arranged = self._laid_out(parts, rows, sources, placement)
         places: dict[str, np.ndarray] = {}
         offset = 0
         for source, array in zip(sources, arrays, strict=True):
             each = array.size // self._devices
-            joined = _joined([part[offset : offset + each] for part in parts])
+            joined = _joined([at[offset : offset + each] for at in positions])
             places[source] = joined.reshape(array.shape)
             offset += each
-        return joined_ids, places, arranged
+        return ids, places, arranged
 
     def _laid_out(
         self, parts: list[Distinct], rows: int, sources: tuple[str, ...], placement: Placement

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,6 +198,29 @@ def test_four_devices_predict_what_one_does(capacity: int | None) -> None:
         state, _ = program.step(program.init(1), batch(0))
         found.append(np.asarray(program.apply(state, batch(1), predicted)))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_is_prepared_right_while_another_thread_prepares_others() -> None:
+    program = ps.SparseProgram(
+        squared, lambda rngs: Bag(ps.AdaGrad(), rngs), optax.adam(1e-2), batch=batch(0),
+        devices=jax.devices()[:2],
+    )  # fmt: skip
+    batches = [batch(seed) for seed in range(4)]
+
+    def ids_found(index: int) -> bool:
+        _, wanted = program.prepared(batches[index % 4])
+        assert wanted is not None
+        positions = wanted.positions[0].reshape(2, -1)
+        found = np.take_along_axis(wanted.ids[0].reshape(2, -1), positions, axis=1)
+        return np.array_equal(found.reshape(-1), batches[index % 4]["ids"].reshape(-1))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert all(pool.map(ids_found, range(2000)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 def test_ids_beyond_the_table_are_named_before_a_step() -> None:
