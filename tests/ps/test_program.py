@@ -134,10 +134,19 @@ def adagrad() -> Dense:
         (4, ps.SparseOptions()),
         (2, ps.SparseOptions(find="program")),
         (4, ps.SparseOptions(ps.Placement(rows=2, columns=2))),
+        (8, ps.SparseOptions(ps.Placement(rows=4, columns=2))),
         (2, ps.SparseOptions(ps.Placement(rows=2, deal="ranges", extents=(3, 50)))),
         (2, ps.SparseOptions(ps.Placement(replicated=True))),
     ],
-    ids=["one device", "rows", "ids found in the program", "grid", "ranges", "replicated"],
+    ids=[
+        "one device",
+        "rows",
+        "ids found in the program",
+        "grid",
+        "oblong grid",
+        "ranges",
+        "replicated",
+    ],
 )
 def test_every_placement_trains_as_the_whole_table_would(
     devices: int, options: ps.SparseOptions, adagrad: Dense
