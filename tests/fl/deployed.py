@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from shardpar.fl.options import FederatedOptions, NetOptions
 from shardpar.fl.party import Party
 from shardpar.fl.privacy_options import PrivacyOptions
 from shardpar.fl.ring_rounds import RingParty
+from shardpar.fl.round_messages import HELLO
 from shardpar.fl.secagg_options import SecAggOptions
 from shardpar.fl.secagg_session import Identity
 from shardpar.fl.task import Task
@@ -206,6 +208,25 @@ class Federation:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
+
+    def waits_for(self, name: str, timeout_s: float = 20.0) -> Callable:
+        """An `evaluate` that lets each round wait until a party has said that it is there.
+
+        Whoever is started again says hello in its own time; without this, the rounds of a busy
+        machine may be over by then. Of two hellos the first has surely been sent.
+        """
+
+        def hellos() -> int:
+            return sum(event == f"send {HELLO}" for event in self.lives[name].events)
+
+        def wait(*_) -> dict:
+            said, until = hellos(), time.monotonic() + timeout_s
+            while hellos() < said + 2:
+                assert time.monotonic() < until, (name, self.outcomes.get(name))
+                time.sleep(0.01)
+            return {}
+
+        return wait
 
     def _live(self, name: str) -> None:
         """A process, started again when it is killed."""

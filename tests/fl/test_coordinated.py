@@ -145,8 +145,9 @@ def test_a_dead_party_is_dropped(tmp_path, compiled, mortal_writes, secagg, at):
 
 
 def test_a_party_that_comes_back_takes_part_again(tmp_path, compiled, mortal_writes):
-    job = make_job(replace(SCAFFOLD, rounds=30), None, net=DROP)
+    job = make_job(replace(SCAFFOLD, rounds=4), None, net=DROP)
     federation = Federation(job, tmp_path, {"c": Lives(dies_at=11)})
+    federation.evaluate = federation.waits_for("c")
     federation.run()
     assert federation.rows[-1]["dropped"] == ""
 
@@ -155,6 +156,7 @@ def test_a_party_that_comes_back_takes_part_again(tmp_path, compiled, mortal_wri
 def test_what_a_dropped_party_had_prepared_is_given_up(tmp_path, compiled, when):
     job = make_job(replace(SCAFFOLD, rounds=4), LATE, net=DROP)
     federation = Federation(job, tmp_path, {"c": Lives(dies_on=when)})
+    federation.evaluate = federation.waits_for("c")
     outcome = federation.run()
     assert [row["dropped"] for row in federation.rows] == ["c", "", "", ""]
     kept = []
