@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from itertools import islice
@@ -22,11 +22,12 @@ from shardpar.cli.signals import asked_by_signal
 from shardpar.cli.stored import require_same
 from shardpar.cli.tables import console, print_json
 from shardpar.config.load import load_any
-from shardpar.config.model_source import build_options, find_model, load_model_source
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import SparseConfig
-from shardpar.errors import ConfigError, DataError, RunError
+from shardpar.config.tables_model import TablesModel
+from shardpar.errors import DataError, RunError
 from shardpar.lowering.devices import local_cluster
+from shardpar.ps.cluster_loop import ClusterOutcome
 from shardpar.ps.data.batches import eval_batches
 from shardpar.ps.data.open import open_parts
 from shardpar.ps.data.options import SparseDataOptions
@@ -38,7 +39,7 @@ from shardpar.ps.loop import train as run_loop
 from shardpar.ps.placement import Placement
 from shardpar.ps.planning import Choice, Frequencies, choose
 from shardpar.ps.program import SparseOptions, SparseProgram
-from shardpar.ps.rules import dense_optimizer, row_optimizer, with_rule
+from shardpar.ps.rules import dense_optimizer
 from shardpar.ps.saving import Savings
 from shardpar.ps.table import Table
 from shardpar.run.directory import RunDirectory
@@ -49,25 +50,29 @@ from shardpar.run.report import write_report
 
 _SAMPLED_BATCHES = 8
 _TABLE_SHARE = 0.8
+_MAY_CHANGE = (
+    "data.path", "data.eval_path", "table.placement", "table.capacity", "ps.snapshot_every",
+    "ps.fsync", "ps.patience_s", "ps.restarts", "ps.address",
+)  # fmt: skip
 
 
 def train(
     config: SparseConfig, name: str, devices: int | None, *, json: bool, dry_run: bool
 ) -> None:
-    """`shardpar train` of a model with tables."""
+    """`shardpar train` of a model with tables, in this process."""
     use_devices(devices)
     started = time.monotonic()
     path = config.train.run_dir
-    if path is not None and RunDirectory(Path(path)).config_yaml.is_file():
-        _require_same_run(config, RunDirectory(Path(path)))
-    data = _data_options(config)
+    require_same_run(config)
+    data = data_options(config)
+    model = TablesModel(config.model, config.table)
     with asked_by_signal() as signals, Progress() as progress, ExitStack() as stack:
         with progress.phase("reading the data"):
             parts = open_parts(data)
             mapped = config.table.ids == "mapped"
-            first = _sample(parts[0], data, config.train.global_batch, mapped=mapped)
+            first = first_batches(parts[0], data, config.train.global_batch, mapped=mapped)
         with progress.phase("tracing the model"):
-            task = _task(config, first)
+            task = _task(config, model, first)
         for name_, choice in task.choices.items():
             progress.say(f"table {name_}: {choice.reason}")
         if dry_run:
@@ -94,7 +99,7 @@ def train(
         outcome = run_loop(
             task.program,
             parts,
-            task.predict,
+            model.predict,
             data,
             config.train,
             config.checkpoint,
@@ -105,47 +110,49 @@ def train(
                 texts,
                 lambda: directory.write(texts),
                 signals.should_stop,
-                _total_steps(config, data),
+                total_steps(config, data),
                 ids,
             ),
         )
-    _conclude(config, name, directory, outcome, started, json=json)
+    conclude(config, name, directory, outcome, started, json=json)
 
 
 @dataclass(frozen=True)
 class _Task:
     program: SparseProgram
-    predict: Callable[[Any, Mapping[str, Any]], Any]
     choices: dict[str, Choice]
 
 
-def _task(config: SparseConfig, sample: dict[str, np.ndarray]) -> _Task:
+@contextmanager
+def naming_what_does_not_fit(source: str, batch: Mapping[str, Any]) -> Iterator[None]:
+    """Says in words what a model asks of a batch that is not in it.
+
+    Raises:
+      DataError: in the place of what the model raised.
+    """
+    try:
+        yield
+    except KeyError as error:
+        raise DataError(
+            f"{source} asks for batch[{error}], which this data has not: it has "
+            f"{', '.join(batch)}; use another data.format or another model"
+        ) from None
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{source} does not take this data: {str(error).splitlines()[0]}") from None
+
+
+def _task(config: SparseConfig, model: TablesModel, sample: dict[str, np.ndarray]) -> _Task:
     """The program for a config's model, its tables placed."""
-    module = load_model_source(find_model(config.model.source))
-    options = build_options(module, config.model)
-    rule = row_optimizer(config.table)
-
-    def init(rngs: Any) -> Any:
-        return with_rule(module.build(options, rngs), rule)
-
     batch = {name: x[: config.train.global_batch] for name, x in sample.items()}
     count = len(jax.devices())
     frequencies = Frequencies.of(sample["ids"])
 
     def lowered(sparse: SparseOptions) -> SparseProgram:
-        try:
+        with naming_what_does_not_fit(config.model.source, batch):
             return SparseProgram(
-                module.loss, init, dense_optimizer(config.optimizer), batch=batch, options=sparse
-            )
-        except KeyError as error:
-            raise DataError(
-                f"{config.model.source} asks for batch[{error}], which this data has not: it has "
-                f"{', '.join(batch)}; use another data.format or another model"
-            ) from None
-        except (ValueError, TypeError) as error:
-            raise DataError(
-                f"{config.model.source} does not take this data: {str(error).splitlines()[0]}"
-            ) from None
+                model.loss, model.init, dense_optimizer(config.optimizer), batch=batch,
+                options=sparse,
+            )  # fmt: skip
 
     written = config.table.placement
     chosen: dict[str, Choice] = {}
@@ -153,7 +160,7 @@ def _task(config: SparseConfig, sample: dict[str, np.ndarray]) -> _Task:
     capacity = config.table.capacity
     if written == "auto":
         limit = _TABLE_SHARE * local_cluster().kinds[0].memory_bytes
-        tables = _tables(init)
+        tables = _tables(model.init)
         chosen = {
             name: choose(
                 table,
@@ -169,14 +176,7 @@ def _task(config: SparseConfig, sample: dict[str, np.ndarray]) -> _Task:
         placement = Placement(replicated=True)
     else:
         placement = Placement(columns=count) if written == "columns" else Placement(rows=count)
-    program = lowered(SparseOptions(placement, capacity))
-    predict = getattr(module, "predict", None)
-    if predict is None:
-        raise ConfigError(
-            f"{config.model.source} has no function `predict(model, batch)`, which evaluation "
-            "needs; write one that gives a score for each sample"
-        )
-    return _Task(program, predict, chosen)
+    return _Task(lowered(SparseOptions(placement, capacity)), chosen)
 
 
 def _tables(init: Callable[[Any], Any]) -> dict[str, Table]:
@@ -184,7 +184,7 @@ def _tables(init: Callable[[Any], Any]) -> dict[str, Table]:
     return {name: layer.table for name, layer in tables_of(model.merge(model.params, model.rest))}
 
 
-def _data_options(config: SparseConfig) -> SparseDataOptions:
+def data_options(config: SparseConfig) -> SparseDataOptions:
     """The data's options, with the table's rows as the range of ids."""
     rows = config.model.get("rows")
     if config.table.ids == "mapped":
@@ -203,7 +203,7 @@ def _id_map(config: SparseConfig) -> IdMap | None:
     return IdMap(rows, IdOptions(table.admit_after, table.evict, table.ttl_steps))
 
 
-def _sample(
+def first_batches(
     source: Source, data: SparseDataOptions, global_batch: int, *, mapped: bool
 ) -> dict[str, np.ndarray]:
     """The first batches, one after the other: what a batch is like, and which ids are frequent."""
@@ -220,7 +220,8 @@ def _sample(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def _total_steps(config: SparseConfig, data: SparseDataOptions) -> int | None:
+def total_steps(config: SparseConfig, data: SparseDataOptions) -> int | None:
+    """How many steps a run has, where that is known without reading its files."""
     if data.format == "clicks":
         epoch = -(-data.samples // config.train.global_batch)
         steps = epoch * config.train.epochs
@@ -228,12 +229,16 @@ def _total_steps(config: SparseConfig, data: SparseDataOptions) -> int | None:
     return config.train.steps
 
 
-def _require_same_run(config: SparseConfig, directory: RunDirectory) -> None:
-    """Refuses to go on with another model or other data than the run had.
+def require_same_run(config: SparseConfig) -> None:
+    """Refuses to go on with another model or other data than the run in `train.run_dir` had.
 
     Raises:
       ConfigError: naming what differs.
     """
+    path = config.train.run_dir
+    if path is None or not RunDirectory(Path(path)).config_yaml.is_file():
+        return
+    directory = RunDirectory(Path(path))
     then = load_any(str(directory.config_yaml), find_files=False)
     now_, then_ = _fixed(config), _fixed(then)
     require_same(directory, then_, now_)
@@ -242,25 +247,33 @@ def _require_same_run(config: SparseConfig, directory: RunDirectory) -> None:
 def _fixed(config: Any) -> dict[str, Any]:
     values: dict[str, Any] = {"model.source": config.model.source, "train.seed": config.train.seed}
     values |= {f"model.{key}": value for key, value in config.model.options}
-    for section in ("data", "optimizer", "table"):
+    for section in ("data", "optimizer", "table", "ps"):
         part = getattr(config, section, None)
         if part is not None:
             values |= {f"{section}.{f.name}": getattr(part, f.name) for f in fields(part)}
     # Files may have moved; the position in the data proves that they are the same.
-    for moved in ("data.path", "data.eval_path", "table.placement", "table.capacity"):
+    for moved in _MAY_CHANGE:
         values.pop(moved, None)
+    if config.ps.servers:
+        # A worker's batches are counted in its steps.
+        values["train.global_batch"] = config.train.global_batch
     return values
 
 
-def _conclude(
+def conclude(
     config: SparseConfig,
     name: str,
     directory: RunDirectory,
-    outcome: SparseOutcome,
+    outcome: SparseOutcome | ClusterOutcome,
     started: float,
     *,
     json: bool,
 ) -> None:
+    """Says how a run ended, and writes its report.
+
+    Raises:
+      RunError: it diverged.
+    """
     screen = console(stderr=True)
     if outcome.stopped:
         screen.print(

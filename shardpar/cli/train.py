@@ -87,6 +87,8 @@ def train(
 
         shardpar train configs/deepfm.gin data.path=train.ffm data.eval_path=test.ffm
 
+        shardpar train configs/deepfm.gin ps.servers=2 ps.workers=4 "ps.consistency='ssp(4)'"
+
         shardpar train configs/node2vec.gin data.path=edges.txt data.format=edges
 
         shardpar train configs/fedavg.gin federated.algorithm=scaffold
@@ -120,7 +122,7 @@ def train(
         if isinstance(kept, NodesConfig):
             later("node_training").refuse_to_resume(resume)
         elif kept is not None:
-            trainer = _without_plan(kept, supervise, where is not None, plan)
+            trainer = _without_plan(kept, supervise, where is not None, plan, devices)
             trainer.train(kept, Path(resume).name, devices, json=json, dry_run=dry_run)
             return
         if supervise:
@@ -137,7 +139,7 @@ def train(
         return
     loaded, name = read_any_config(config, {"plan.file": plan, "train.run_dir": run_dir})
     if not isinstance(loaded, RunConfig):
-        trainer = _without_plan(loaded, supervise, where is not None, plan)
+        trainer = _without_plan(loaded, supervise, where is not None, plan, devices)
         trainer.train(loaded, name, devices, json=json, dry_run=dry_run)
         return
     if supervise:
@@ -154,8 +156,9 @@ def _without_plan(
     supervise: bool,
     several: bool,
     plan: str | None,
+    devices: int | None,
 ) -> Any:
-    """What trains models that have no plan: in one process, on all of its devices.
+    """What trains models that have no plan.
 
     Raises:
       UserError: a flag is for models with a plan.
@@ -175,6 +178,13 @@ def _without_plan(
         has_tables = isinstance(config, SparseConfig)
         instead = "write table.placement=rows or columns" if has_tables else "drop --plan"
         raise UserError(f"{what} has no plan; {instead}")
+    if isinstance(config, SparseConfig) and config.ps.servers:
+        if devices is not None:
+            raise UserError(
+                "with ps.servers each worker is a process with its own devices; drop --devices, "
+                "and write ps.workers"
+            )
+        return later("cluster_training")
     if nodes:
         return later("node_training")
     return later("federated_training" if federated else "sparse_training")

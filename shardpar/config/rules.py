@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from shardpar.config.federated_rules import federated_rules
 from shardpar.config.schema import (
@@ -18,6 +18,8 @@ from shardpar.config.schema import (
     RunConfig,
     SparseConfig,
 )
+from shardpar.errors import ConfigError
+from shardpar.ps.consistency import consistency_from_text
 
 _BYTE_VOCABULARY = 256
 _PINS = (
@@ -88,6 +90,7 @@ def _table_rules(config: SparseConfig) -> Iterator[Conflict]:
             "table.ids is 'mapped', but the model has no option `rows` to say how many there are; "
             "write table.ids=rows",
         )
+    yield from _server_rules(config)
     if data.path is None and data.format not in ("clicks", "sklearn"):
         yield Conflict(
             ("data.path", "data.format"),
@@ -99,6 +102,66 @@ def _table_rules(config: SparseConfig) -> Iterator[Conflict]:
             ("data.path", "data.format"),
             "data.path is set but data.format is 'clicks', which is generated; write "
             "data.format=auto, or the format of the file",
+        )
+
+
+def _server_rules(config: SparseConfig) -> Iterator[Conflict]:
+    ps, table, batch = config.ps, config.table, config.train.global_batch
+    if not ps.servers:
+        told = [f.name for f in fields(ps) if getattr(ps, f.name) != f.default]
+        if told:
+            yield Conflict(
+                (f"ps.{told[0]}", "ps.servers"),
+                f"ps.{told[0]} is for servers and workers in processes of their own, but "
+                "ps.servers is 0; write ps.servers=2",
+            )
+        return
+    if batch % ps.workers:
+        yield Conflict(
+            ("train.global_batch", "ps.workers"),
+            f"train.global_batch ({batch}) cannot be dealt evenly to ps.workers ({ps.workers}); "
+            f"write train.global_batch={max(1, round(batch / ps.workers)) * ps.workers}",
+        )
+    if table.ids == "mapped":
+        yield Conflict(
+            ("table.ids", "ps.servers"),
+            "table.ids is 'mapped', whose ids one process hands out, but ps.servers makes several; "
+            "write data.hashed=true and table.ids=rows, or leave ps.servers out",
+        )
+    if table.placement in ("columns", "replicated"):
+        yield Conflict(
+            ("table.placement", "ps.servers"),
+            f"table.placement is {table.placement!r}, but servers hold rows; leave it out",
+        )
+    if table.capacity is not None:
+        yield Conflict(
+            ("table.capacity", "ps.servers"),
+            "table.capacity is for exchanges between devices, but ps.servers are processes; leave "
+            "it out",
+        )
+    if ps.cache_rows == 0 and (ps.pull_bound or ps.push_bound):
+        which = "pull_bound" if ps.pull_bound else "push_bound"
+        yield Conflict(
+            (f"ps.{which}", "ps.cache_rows"),
+            f"ps.{which} bounds how old kept rows may be, but ps.cache_rows keeps none; write "
+            "ps.cache_rows=100000, for example",
+        )
+    try:
+        bound = consistency_from_text(ps.consistency)
+    except ConfigError as error:
+        yield Conflict(("ps.consistency",), f"ps.consistency: {error}")
+        return
+    if ps.delay_scaled and bound.lockstep:
+        yield Conflict(
+            ("ps.delay_scaled", "ps.consistency"),
+            "ps.delay_scaled divides late updates, and in 'bsp' none is late; write "
+            "ps.consistency='ssp(4)', or leave it out",
+        )
+    if ps.delay_scaled and ps.push_bound:
+        yield Conflict(
+            ("ps.delay_scaled", "ps.push_bound"),
+            "ps.delay_scaled cannot divide updates that waited in a cache, whose copies have them "
+            "in full; write ps.push_bound=0, or leave it out",
         )
 
 

@@ -19,7 +19,7 @@ from shardpar.lowering.options import ProgramOptions
 from shardpar.planner.options import ReplanOptions, SearchOptions, StragglerOptions
 from shardpar.ps.data.options import SparseDataOptions
 from shardpar.ps.graph.options import NodeDataOptions, NodeTrainOptions
-from shardpar.ps.options import DenseOptions, SparseTrainOptions, TableOptions
+from shardpar.ps.options import DenseOptions, ServerOptions, SparseTrainOptions, TableOptions
 from shardpar.run.options import CheckpointOptions, SuperviseOptions
 from shardpar.train.options import (
     BucketOptions,
@@ -80,6 +80,7 @@ class SparseConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig("linear"))
     data: SparseDataOptions = field(default_factory=SparseDataOptions)
     table: TableOptions = field(default_factory=TableOptions)
+    ps: ServerOptions = field(default_factory=ServerOptions)
     optimizer: DenseOptions = field(default_factory=DenseOptions)
     train: SparseTrainOptions = field(default_factory=SparseTrainOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

@@ -178,19 +178,45 @@ class ClockActor:
 
     def __init__(self, steps: tuple[int, ...], bound: Consistency) -> None:
         self._clocks, self._bound = Clocks(steps), bound
+        self._begun = list(steps)
+        self._until: int | None = None
         self._moved = asyncio.Condition()
         self._losses: dict[int, dict[int, tuple[float, float]]] = {}
         self._times_s: dict[int, float] = {}
         self._samples: dict[int, int] = {}
         self._most_ahead = 0
 
-    async def start(self, worker: int, steps: int) -> None:
-        """Returns when a worker that has finished so many steps may start the next."""
+    async def start(self, worker: int, steps: int) -> bool:
+        """Returns when a worker that has finished so many steps may start the next: True.
+
+        False if it is to stop instead.
+        """
         await self._at(worker, steps)
+
+        def stops() -> bool:
+            return self._until is not None and steps >= self._until
+
         async with self._moved:
-            await self._moved.wait_for(lambda: self._clocks.may_start(worker, self._bound))
+            await self._moved.wait_for(
+                lambda: stops() or self._clocks.may_start(worker, self._bound)
+            )
+            if stops():
+                return False
             ahead = self._clocks.steps[worker] - self._clocks.slowest
             self._most_ahead = max(self._most_ahead, ahead)
+            self._begun[worker] = steps + 1
+            return True
+
+    async def go(self) -> None:
+        """Workers start steps again after `stop`."""
+        self._until = None
+
+    async def stop(self) -> None:
+        """Workers start no further step; in lockstep, all finish what one has begun."""
+        async with self._moved:
+            if self._until is None:
+                self._until = max(self._begun) if self._bound.lockstep else 0
+            self._moved.notify_all()
 
     async def finished(
         self, worker: int, steps: int, loss: float, weight: float, time_s: float, samples: int
@@ -206,6 +232,11 @@ class ClockActor:
         for worker, steps in done.items():
             await self._at(worker, steps)
         return self._clocks.steps
+
+    async def losses(self, since: int) -> dict[int, dict[int, tuple[float, float]]]:
+        """What was noted of steps from `since` on: by step and worker, (sum, weight)."""
+        return {step: self._losses[step] for step in range(since, self._clocks.slowest)
+                if step in self._losses}  # fmt: skip
 
     async def report(self) -> dict[str, Any]:
         """What was noted since this process began."""
@@ -251,11 +282,16 @@ class WorkerSpec:
 
 
 class WorkerActor:
-    """A worker in a process of its own; it begins where the servers know it to be."""
+    """A worker in a process of its own; it begins where the servers know it to be.
 
-    def __init__(self, number: int, spec: WorkerSpec, servers: Sequence[Any], clock: Any) -> None:
-        self._number, self._clock, self._spec = number, clock, spec
-        self._servers = RemoteServers(servers, spec.patience_s)
+    Servers and clock are given by the names that Ray knows them by.
+    """
+
+    def __init__(self, number: int, spec: WorkerSpec, servers: Sequence[str], clock: str) -> None:
+        import ray
+
+        self._number, self._clock, self._spec = number, ray.get_actor(clock), spec
+        self._servers = RemoteServers(list(map(ray.get_actor, servers)), spec.patience_s)
         program = WorkerProgram(spec.loss, spec.init, batch=spec.batch)
         self._client = Client(number, self._servers, program.tables, spec.placement)
         rows: Rows = self._client
@@ -264,9 +300,14 @@ class WorkerActor:
         self._worker = Worker(number, program, spec.rest, rows, spec.data)
 
     def train(self, steps: int) -> dict[str, int]:
-        """Runs until it has finished so many steps in all; what went over the wire."""
+        """Runs until it has finished so many steps in all, or is to stop.
+
+        Returns:
+          The steps that it has finished, and what went over the wire since it was made.
+        """
         for step in range(self._client.position.steps, steps):
-            self._tell("start", step)
+            if not self._tell("start", step):
+                break
             began_s = time.perf_counter()
             found = self._worker.run(step)
             time_s = time.perf_counter() - began_s
@@ -275,6 +316,7 @@ class WorkerActor:
         self._worker.rows.flush()
         traffic = self._client.traffic
         return {
+            "steps": self._client.position.steps,
             "asked": traffic.asked,
             "pulled": traffic.pulled,
             "pushed": traffic.pushed,
@@ -285,6 +327,7 @@ class WorkerActor:
         """Its process."""
         return os.getpid()
 
-    def _tell(self, method: str, *given: Any) -> None:
+    def _tell(self, method: str, *given: Any) -> Any:
         call = lambda: getattr(self._clock, method).remote(self._number, *given)  # noqa: E731
-        insisted(call, call(), float("inf") if method == "start" else 120.0, "the clock")
+        patience_s = float("inf") if method == "start" else 120.0
+        return insisted(call, call(), patience_s, "the clock")[0]

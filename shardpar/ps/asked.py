@@ -90,6 +90,13 @@ def calls_of(make: Make, run: Callable[[nnx.Module, Batch], Any], batch: Batch) 
     return tuple(calls)
 
 
+def blank(x: Any) -> jax.Array:
+    """An array that looks like another: zeros, or the key of 0."""
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0), x.shape)
+    return jnp.zeros(x.shape, x.dtype)
+
+
 def recorded(
     make: Make, run: Callable[[nnx.Module, Batch], Any], batch: Batch
 ) -> list[tuple[int, jax.Array]]:

@@ -7,6 +7,7 @@ from what workers tell it. Needs the extra `ray`.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from shardpar.ps.functions import Merge
 from shardpar.ps.log import Fsync
 from shardpar.ps.messages import PullRequest, RowsRequest
 from shardpar.ps.placement import Placement
+from shardpar.ps.ray_start import ray_module, start_ray
 from shardpar.ps.server import Durability
 from shardpar.ps.shard import Dense, ShardSpec
 from shardpar.ps.worker import Data, WorkerProgram
@@ -64,6 +66,8 @@ class ClusterOptions:
       snapshot_every, fsync: see `ps.server.Durability`.
       patience_s: how long a process may be away before training fails.
       restarts: how often each worker may be killed in a call of `train`.
+      address: of a Ray cluster that is running, "auto" for the one that this machine is in; None
+        starts Ray here. `directory` must be a place that all of its machines share.
     """
 
     directory: Path
@@ -77,6 +81,7 @@ class ClusterOptions:
     fsync: Fsync = "never"
     patience_s: float = 120.0
     restarts: int = 10
+    address: str | None = None
 
     def __post_init__(self) -> None:
         if self.servers < 1 or self.workers < 1:
@@ -98,7 +103,7 @@ class Trained:
 
     Attributes:
       losses: of each step, over all workers' samples; None where a killed clock forgot.
-      steps: that every worker has finished.
+      steps: that every worker has finished; less than asked for if `watch` stopped them.
       slow: workers whose time per sample is above the mean divided by 0.7.
       seconds_per_sample: by worker, waiting for others not counted.
       most_ahead: steps that a worker was ahead of the slowest when it started one.
@@ -133,6 +138,7 @@ class Cluster:
 
     Raises:
       PlanError: Ray is not installed, or the model is not one that workers can run.
+      RunError: Ray does not start, or is not at the address.
       CheckpointError: the directory is damaged, or another cluster's.
     """
 
@@ -145,6 +151,7 @@ class Cluster:
     seed: int = 0
     rate: optax.Schedule | None = None
     _actors: list[Any] = field(default_factory=list, init=False, repr=False)
+    _id: str = field(default_factory=lambda: secrets.token_hex(8), init=False, repr=False)
     _held: list[Any] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -155,13 +162,12 @@ class Cluster:
             raise
 
     def _start(self) -> None:
-        ray = _ray()
-        if not ray.is_initialized():
-            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+        start_ray(self.options.address)
         options = self.options
         shapes = {n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in self.batch.items()}
         program = WorkerProgram(self.loss, self.init, batch=shapes)
         beginning = program.begin(self.seed)
+        self.program, self.rest = program, beginning.rest
         self.tables = program.tables
         self.placement = Placement(rows=options.servers, deal=options.deal)  # type: ignore[arg-type]
         servers = []
@@ -173,17 +179,18 @@ class Cluster:
             )  # fmt: skip
             folder = Path(options.directory).absolute() / f"server-{index}"
             kept = Durability(folder, options.snapshot_every, options.fsync)
-            servers.append(self._actor(ServerActor, spec, kept))
+            servers.append(self._actor(f"server-{index}", ServerActor, spec, kept))
         self.servers = RemoteServers(servers, options.patience_s)
         positions = [self.servers.positions(worker) for worker in range(options.workers)]
         steps = tuple(min(p.steps for p in there) for there in positions)
-        self._clock = self._actor(ClockActor, steps, options.consistency)
+        self._clock = self._actor("clock", ClockActor, steps, options.consistency)
         worker = WorkerSpec(
             self.loss, self.init, shapes, self.data, beginning.rest, self.placement,
             options.cache, self.rate, options.patience_s,
         )  # fmt: skip
+        names = [self._name(f"server-{index}") for index in range(options.servers)]
         self._workers = [
-            self._actor(WorkerActor, number, worker, servers, self._clock)
+            self._actor(f"worker-{number}", WorkerActor, number, worker, names, self._name("clock"))
             for number in range(options.workers)
         ]
 
@@ -193,19 +200,38 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def train(self, steps: int, watch: Callable[[tuple[int, ...]], None] | None = None) -> Trained:
-        """Runs until every worker has finished so many steps in all.
+    @property
+    def steps(self) -> int:
+        """The steps that every worker has finished."""
+        return min(self._ask_clock("steps", {}))
+
+    def losses(self, since: int) -> dict[int, float]:
+        """The losses of steps, counted from 0, that every worker has finished, from `since` on.
+
+        Without those that a clock forgot when it was killed.
+        """
+        noted = self._ask_clock("losses", since)
+        means = ((step, self._mean_loss(parts)) for step, parts in sorted(noted.items()))
+        return {step: loss for step, loss in means if loss is not None}
+
+    def train(
+        self, steps: int, watch: Callable[[tuple[int, ...]], bool | None] | None = None
+    ) -> Trained:
+        """Runs until every worker has finished so many steps in all, or `watch` wants no more.
 
         Args:
           steps: counted from the beginning of the directory's training.
-          watch: told all clocks several times a second.
+          watch: told all clocks several times a second. Once it returns True, workers start no
+            further step, and what waits in their caches is pushed.
 
         Raises:
           RunError: a process stays away, or is killed too often.
           ShardparError: what a worker raised.
         """
-        ray = _ray()
+        ray = ray_module()
         began_s = time.perf_counter()
+        self._ask_clock("go")
+        stopping = False
         running = {w.train.remote(steps): number for number, w in enumerate(self._workers)}
         results: dict[int, dict[str, int]] = {}
         restarts = [0] * len(self._workers)
@@ -226,10 +252,11 @@ class Cluster:
                         ) from None
                     self._await(number)
                     running[self._workers[number].train.remote(steps)] = number
-            clocks = self._ask_clock("steps", dict.fromkeys(results, steps))
-            if watch is not None:
-                watch(clocks)
-        return self._trained(steps, results, sum(restarts), time.perf_counter() - began_s)
+            clocks = self._ask_clock("steps", {w: done["steps"] for w, done in results.items()})
+            stopping = bool(watch is not None and watch(clocks)) or stopping
+            if stopping:
+                self._ask_clock("stop")
+        return self._trained(min(clocks), results, sum(restarts), time.perf_counter() - began_s)
 
     def rows(self, table: str, ids: np.ndarray) -> np.ndarray:
         """Rows of a table as they are on the servers, float32[n, dim]; ids are distinct."""
@@ -248,6 +275,21 @@ class Cluster:
         """The parameters that are not rows."""
         request = PullRequest({}, dense=True)
         return dict(self.servers.pull([request] * self.options.servers)[0].dense)
+
+    def apply(self, batch: Mapping[str, np.ndarray], run: Callable[[Any, Batch], Any]) -> Any:
+        """What `run(model, batch)` gives with the rows and parameters as they are on the servers.
+
+        Args:
+          batch: of a worker's shapes.
+          run: a function with a name that lasts: programs are kept by it. It looks up what the
+            loss does, in the same order.
+
+        Raises:
+          DataError: an id is outside its table.
+        """
+        wanted = self.program.wanted(batch)
+        rows = {name: self.rows(name, ids) for name, ids in self.program.ids(wanted).items()}
+        return self.program.apply(self.dense(), self.rest, rows, batch, wanted, run)
 
     def get(self, table: str, run: Callable[[Any, Any], Any], merge: Merge) -> Any:
         """psFunc: what a function of the rows comes to over all servers; see `ps.functions.get`.
@@ -285,19 +327,24 @@ class Cluster:
 
     def close(self) -> None:
         """Ends all actors; what servers acknowledged stays in the directory."""
-        ray = _ray()
+        ray = ray_module()
         for actor in self._actors:
             ray.kill(actor, no_restart=True)
         self._actors.clear()
         self._held.clear()
 
-    def _actor(self, kind: type, *given: Any) -> Any:
+    def _name(self, of: str) -> str:
+        """What workers ask Ray for: handles among an actor's arguments bind it to their owner."""
+        return f"{self._id}-{of}"
+
+    def _actor(self, name: str, kind: type, *given: Any) -> Any:
         # Ray keeps large arguments in its store only while someone refers to them, and an actor
         # that starts anew needs them again.
-        ray = _ray()
+        ray = ray_module()
         large = [len(ray.cloudpickle.dumps(argument)) > _INLINE_BYTES for argument in given]
         held = [ray.put(x) if put else x for x, put in zip(given, large, strict=True)]
-        made = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(kind).remote(*held)
+        lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=0)(kind)
+        made = lasting.options(name=self._name(name)).remote(*held)
         self._actors.append(made)
         self._held.extend(held)
         return made
@@ -316,10 +363,7 @@ class Cluster:
         noted = self._ask_clock("report")
         losses = []
         for step in range(steps):
-            parts = noted["losses"].get(step, {})
-            whole = len(parts) == self.options.workers
-            weight = sum(weight for _, weight in parts.values())
-            losses.append(sum(loss for loss, _ in parts.values()) / weight if whole else None)
+            losses.append(self._mean_loss(noted["losses"].get(step, {})))
         counts = {
             name: sum(result[name] for result in results.values())
             for name in ("asked", "pulled", "pushed")
@@ -330,12 +374,9 @@ class Cluster:
             restarts, wall_s,
         )  # fmt: skip
 
-
-def _ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise PlanError(
-            "servers and workers in processes of their own need Ray: pip install 'shardpar[ray]'"
-        ) from error
-    return ray
+    def _mean_loss(self, parts: Mapping[int, tuple[float, float]]) -> float | None:
+        """Over all workers' samples; None if one of them is missing."""
+        if len(parts) < self.options.workers:
+            return None
+        weight = sum(weight for _, weight in parts.values())
+        return sum(loss for loss, _ in parts.values()) / weight if weight else None

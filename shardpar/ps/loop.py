@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +37,7 @@ from shardpar.run.retention import due
 POSITION = "position.json"
 
 Predict = Callable[[Any, Mapping[str, Any]], Any]
+Seen = tuple[np.ndarray, float, float]
 
 
 @dataclass(frozen=True)
@@ -288,27 +289,19 @@ class _Loop:
     def _evaluate(self, state: SparseState, step: int) -> dict[str, float]:
         if self.evaluation is None:
             return {}
-        labels, found, weights = [], [], []
-        total = weight = 0.0
-        with self.around.progress.phase("evaluating"):
-            for batch in eval_batches(self.evaluation, self.data, self.options.global_batch):
-                arrays = arrays_of(batch, self._known(batch))
-                there = batch.weights > 0
-                out = np.asarray(self.program.apply(state, arrays, self.predict))
-                cost = self.program.evaluate(state, arrays)
-                total += float(cost["loss"]) * float(cost["weight"])
-                weight += float(cost["weight"])
-                labels.append(batch.labels[there])
-                weights.append(batch.weights[there])
-                found.append(out[there])
-        scores = {"eval_loss": total / weight if weight else math.nan}
-        if labels:
-            scores |= scores_of(
-                np.concatenate(labels), np.concatenate(found), np.concatenate(weights)
-            )
-        self.around.metrics.write(step, scores)
-        text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        self.around.progress.say(f"step {step}: {text}")
+
+        def seen(batch: SparseBatch) -> Seen:
+            arrays = arrays_of(batch, self._known(batch))
+            out = np.asarray(self.program.apply(state, arrays, self.predict))
+            cost = self.program.evaluate(state, arrays)
+            weight = float(cost["weight"])
+            return out, float(cost["loss"]) * weight, weight
+
+        around = self.around
+        with around.progress.phase("evaluating"):
+            batches = eval_batches(self.evaluation, self.data, self.options.global_batch)
+            scores = evaluated(batches, seen)
+        tell_scores(around.metrics, around.progress, step, scores)
         return scores
 
     def _known(self, batch: SparseBatch) -> np.ndarray | None:
@@ -322,6 +315,42 @@ class _Loop:
     def _save(self, step: int, state: SparseState, position: Mapping[str, Any]) -> None:
         files = {**self.around.files, POSITION: json.dumps(position)}
         self.around.savings.save(step, state, files)
+
+
+def evaluated(
+    batches: Iterable[SparseBatch], seen: Callable[[SparseBatch], Seen]
+) -> dict[str, float]:
+    """How good a model is on batches that each sample is in once.
+
+    Args:
+      batches: of the evaluation data.
+      seen: of a batch, its predictions, its loss as a sum, and over what weight.
+
+    Returns:
+      "eval_loss", and what `scores_of` gives.
+    """
+    labels, found, weights = [], [], []
+    total = weight = 0.0
+    for batch in batches:
+        there = batch.weights > 0
+        out, loss, over = seen(batch)
+        total, weight = total + loss, weight + over
+        labels.append(batch.labels[there])
+        weights.append(batch.weights[there])
+        found.append(out[there])
+    scores = {"eval_loss": total / weight if weight else math.nan}
+    if labels:
+        scores |= scores_of(np.concatenate(labels), np.concatenate(found), np.concatenate(weights))
+    return scores
+
+
+def tell_scores(
+    metrics: MetricsLog, progress: Progress, step: int, scores: Mapping[str, float]
+) -> None:
+    """Writes down what an evaluation found, and says it."""
+    metrics.write(step, scores)
+    text = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+    progress.say(f"step {step}: {text}")
 
 
 def scores_of(labels: np.ndarray, found: np.ndarray, weights: np.ndarray) -> dict[str, float]:

@@ -80,6 +80,44 @@ class DenseOptions:
 
 
 @dataclass(frozen=True)
+class ServerOptions:
+    """Section `ps` of a config: servers and workers in processes of their own, on Ray.
+
+    Attributes:
+      servers: processes that hold the rows; 0 trains in this one, on all of its devices.
+      workers: processes that run the model, each on its share of every batch.
+      consistency: 'bsp': all take each step together; 'ssp(N)': a worker may be N steps ahead
+        of the slowest; 'asp': nobody waits.
+      delay_scaled: divide an update by how many rounds old its rows were; for ssp and asp.
+      deal: rows to servers in turns, or in ranges.
+      cache_rows: of each table that a worker keeps; 0 for no cache.
+      pull_bound: updates that a kept row may lack when a step reads it.
+      push_bound: updates of a kept row that may wait before servers get them.
+      evict: which kept row gives way, the least recently or the least frequently used.
+      snapshot_every: updates between two snapshots of a server; each update is in its log.
+      fsync: when a log is forced to the disk, which only matters where a whole machine fails.
+      patience_s: how long a process may be away before training fails.
+      restarts: how often each worker may be killed.
+      address: of a Ray cluster that is running, "auto" for this machine's; null starts Ray here.
+    """
+
+    servers: Natural = 0
+    workers: Positive = 2
+    consistency: str = "bsp"
+    delay_scaled: bool = False
+    deal: Literal["turns", "ranges"] = "turns"
+    cache_rows: Natural = 0
+    pull_bound: Natural = 0
+    push_bound: Natural = 0
+    evict: Literal["lru", "lfu"] = "lru"
+    snapshot_every: Positive = 10_000
+    fsync: Literal["each", "second", "never"] = "never"
+    patience_s: Rate = 120.0
+    restarts: Natural = 10
+    address: str | None = None
+
+
+@dataclass(frozen=True)
 class SparseTrainOptions:
     """Section `train` of a config that trains tables.
 

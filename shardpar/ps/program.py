@@ -29,6 +29,7 @@ from shardpar.ps.asked import (
     Call,
     HostFinder,
     Wanted,
+    blank,
     calls_of,
     found_in_program,
     lend,
@@ -149,7 +150,7 @@ class SparseProgram:
             for name, x in self._batch.items()
         }
         dense, rest = self._shapes
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype) if _plain(x) else x, rest)
+        zeros = jax.tree.map(blank, rest)
         make = lambda: self._made(  # noqa: E731
             jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), dense), zeros
         )
@@ -298,6 +299,8 @@ class SparseProgram:
     ) -> Any:
         """What `run(model, batch)` gives for each sample, such as a prediction.
 
+        The model is as `model.eval()` leaves it: without dropout, with running averages.
+
         Args:
           state: from `init` or `step`; it stays.
           batch: as for `step`.
@@ -328,6 +331,7 @@ class SparseProgram:
                 self._pulled(index, state, wanted)[0][0] for index in range(len(self._names))
             )
             model, _ = self._lent(state.dense, state.rest, pulled, wanted)
+            model.eval()
             return jax.tree.map(lambda x: jnp.atleast_1d(jnp.asarray(x)), run(model, batch))
 
         return jax.jit(self._sharded(local, training=False))

@@ -19,7 +19,7 @@ from flax import nnx
 
 from shardpar.capture.model import Init, Loss, abstract_model, loss_and_weight
 from shardpar.errors import DataError, PlanError
-from shardpar.ps.asked import Batch, HostFinder, Wanted, calls_of, lend
+from shardpar.ps.asked import Batch, HostFinder, Wanted, blank, calls_of, lend
 from shardpar.ps.client import Rows
 from shardpar.ps.embed import Embed, tables_of
 from shardpar.ps.table import Table
@@ -156,13 +156,8 @@ class WorkerProgram:
           worker: whose random numbers it takes.
           step: likewise.
         """
-        pulled = []
-        for name, ids in zip(self._names, wanted.ids, strict=True):
-            padded = np.zeros((ids.size, self.tables[name].dim), np.float32)
-            padded[: rows[name].shape[0]] = rows[name]
-            pulled.append(padded)
         (total, weight), (dense_gradient, found) = self._program(
-            dict(dense), dict(rest), tuple(pulled), wanted.positions, dict(batch),
+            dict(dense), dict(rest), self._padded(rows, wanted), wanted.positions, dict(batch),
             np.uint32(worker), np.uint32(step),
         )  # fmt: skip
         ids = self.ids(wanted)
@@ -173,18 +168,46 @@ class WorkerProgram:
              for n, g in zip(self._names, found, strict=True)},
         )  # fmt: skip
 
-    def loss_of(
-        self, dense: Mapping[str, Any], rest: Mapping[str, Any], rows: Mapping[str, Any],
-        batch: Mapping[str, np.ndarray], run: Callable[[nnx.Module, Batch], Any],
+    def apply(
+        self, dense: Mapping[str, Any], rest: Mapping[str, Any], rows: Mapping[str, np.ndarray],
+        batch: Mapping[str, np.ndarray], wanted: Wanted, run: Callable[[Any, Batch], Any],
     ) -> Any:  # fmt: skip
-        """What `run(model, batch)` gives with these rows: for looking at a trained model."""
-        wanted = self.wanted(batch)
-        pulled = tuple(
-            jnp.zeros((ids.size, self.tables[n].dim)).at[: rows[n].shape[0]].set(rows[n])
-            for n, ids in zip(self._names, wanted.ids, strict=True)
-        )
-        model = self._lent(dict(dense), self._random(rest, 0, 0), pulled, wanted.positions)
-        return run(model, batch)
+        """What `run(model, batch)` gives with these rows, as `SparseProgram.apply` does.
+
+        Args:
+          dense: parameters, by path.
+          rest: other variables, by path.
+          rows: of `ids(wanted)`, in that order.
+          batch: of a worker's shapes.
+          wanted: of the batch.
+          run: a function with a name that lasts: programs are kept by it.
+        """
+        if run not in self._applied:
+
+            def applied(dense: Any, rest: Any, pulled: Any, positions: Any, batch: Any) -> Any:
+                model = self._lent(dense, self._random(rest, 0, 0), pulled, positions)
+                model.eval()
+                return run(model, batch)
+
+            self._applied[run] = jax.jit(applied)
+        pulled = self._padded(rows, wanted)
+        return self._applied[run](dict(dense), dict(rest), pulled, wanted.positions, dict(batch))
+
+    def evaluate(self, model: nnx.Module, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """A batch's loss as (sum, weight); a `run` for `apply`."""
+        return loss_and_weight(self._loss(model, batch), next(iter(batch.values())).shape[0])
+
+    @cached_property
+    def _applied(self) -> dict[Any, Callable[..., Any]]:
+        return {}
+
+    def _padded(self, rows: Mapping[str, np.ndarray], wanted: Wanted) -> tuple[np.ndarray, ...]:
+        pulled = []
+        for name, ids in zip(self._names, wanted.ids, strict=True):
+            padded = np.zeros((ids.size, self.tables[name].dim), np.float32)
+            padded[: rows[name].shape[0]] = rows[name]
+            pulled.append(padded)
+        return tuple(pulled)
 
     @cached_property
     def _program(self) -> Callable[..., Any]:
@@ -228,11 +251,8 @@ class WorkerProgram:
         return model, [layer for _, layer in tables_of(model)]
 
     def _zeros(self) -> tuple[nnx.Module, list[Embed]]:
-        def zero(x: Any) -> Any:
-            return jax.random.key(0) if _is_key(x) else jnp.zeros(x.shape, x.dtype)
-
         return self._made(
-            jax.tree.map(zero, self.model.params), jax.tree.map(zero, dict(self._kept))
+            jax.tree.map(blank, self.model.params), jax.tree.map(blank, dict(self._kept))
         )
 
 

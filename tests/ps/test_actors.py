@@ -55,6 +55,36 @@ def test_a_clock_that_was_killed_learns_from_those_who_wait():
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("bound", "more"), [(BSP, True), (SSP(3), False), (ASP, False)])
+def test_told_to_stop_in_lockstep_all_finish_what_one_has_begun(bound, more):
+    async def run():
+        clock = ClockActor((0, 0), bound)
+        assert await clock.start(0, 0)
+        await clock.stop()
+        assert await clock.start(1, 0) == more
+        for worker in (0, 1):
+            await clock.finished(worker, 1, 1.0, 1.0, 0.1, 1)
+        # Also whoever waits for others.
+        assert not await asyncio.wait_for(clock.start(0, 1), 10)
+        assert not await clock.start(1, 1)
+        await clock.go()
+        assert await clock.start(0, 1)
+
+    asyncio.run(run())
+
+
+def test_who_waits_for_the_others_is_told_to_stop():
+    async def run():
+        clock = ClockActor((1, 0), SSP(0))
+        waiting = asyncio.ensure_future(clock.start(0, 1))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await clock.stop()
+        assert not await asyncio.wait_for(waiting, 10)
+
+    asyncio.run(run())
+
+
 def test_losses_are_by_step_and_slow_workers_are_named():
     async def run():
         clock = ClockActor((0, 0, 0), ASP)

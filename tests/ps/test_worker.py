@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,3 +143,46 @@ def test_ids_outside_a_table_are_refused_before_anything_is_pushed():
     with pytest.raises(DataError, match="the program was made for"):
         workers[0].run(0)
     assert servers.positions(0)[0].pushes == 0
+
+
+class Dropped(Clicks):
+    """Half of what it sees is dropped while it learns."""
+
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, ids):
+        deep = self.deep(ids).reshape(ids.shape[0], -1)
+        return (self.wide(ids) + self.out(self.dropout(jnp.tanh(deep))))[:, 0]
+
+
+def scores(model, batch):
+    return model(batch["ids"])
+
+
+def test_dropout_is_for_learning_only():
+    batch = batch_of(0, 0)
+    programs = [SparseProgram(loss, model, OPTIMIZER, batch=batch) for model in (Clicks, Dropped)]
+    plain, dropped = (program.init(3) for program in programs)
+    dropped = replace(dropped, dense=plain.dense, tables=plain.tables)
+    (expected, found) = (
+        program.apply(state, batch, scores)
+        for program, state in zip(programs, (plain, dropped), strict=True)
+    )
+    np.testing.assert_array_equal(found, expected)
+    before = programs[1].evaluate(dropped, batch)
+    program = WorkerProgram(loss, Dropped, batch=batch)
+    wanted = program.wanted(batch)
+    rows = {
+        name: np.asarray(programs[0].tables[name].lookup(plain.tables[name], ids))
+        for name, ids in program.ids(wanted).items()
+    }
+    dense = {name: np.asarray(x) for name, x in plain.dense.items()}
+    rest = program.begin(3).rest
+    found = program.apply(dense, rest, rows, batch, wanted, scores)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    total, weight = program.apply(dense, rest, rows, batch, wanted, program.evaluate)
+    assert float(total / weight) == pytest.approx(float(before["loss"]), rel=1e-5)
+    _, learning = programs[1].step(dropped, batch)
+    assert abs(float(learning["loss"]) - float(before["loss"])) > 1e-3

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -123,6 +124,20 @@ class SparseBatches:
         """Epochs that were finished."""
         return self._position.epoch
 
+    def skip(self, batches: int | None = None) -> int:
+        """Goes past so many batches, or all that are left, without parsing a line of them.
+
+        Lines that could not be read are not noticed there.
+
+        Returns:
+          How many there were.
+        """
+        mine, self._mine = self._mine, range(0)
+        try:
+            return sum(1 for _ in islice(self, batches))
+        finally:
+            self._mine = mine
+
     def restore(self, position: Mapping[str, Any]) -> None:
         """Goes on after the samples of `position`, perhaps with other batches or processes.
 
@@ -196,7 +211,7 @@ class SparseBatches:
                 filled, taken = filled + count, taken + count
                 position = replace(window.start, taken=taken, samples=position.samples + count)
                 if filled == self._global_batch:
-                    yield concatenate(parts), position
+                    yield concatenate(parts) if parts else self._nothing(), position
                     parts, filled = [], 0
         if filled:
             batch = concatenate(parts) if parts else self._nothing()

@@ -1,0 +1,65 @@
+"""The batches of workers in processes of their own: each worker's share of every global batch.
+
+A worker reads its share of the files by itself. The batch of a step is the same whoever asks
+for it and whenever, so that a worker which starts anew finds the batches it had.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from shardpar.ps.data.batches import Process, SparseBatches, train_batches
+from shardpar.ps.data.open import open_parts
+from shardpar.ps.data.options import SparseDataOptions
+from shardpar.ps.loop import arrays_of
+
+
+@dataclass
+class WorkerData:
+    """`data(worker, step)` for `ps.cluster.Cluster`: pickled without what it has open.
+
+    Attributes:
+      options: of the data.
+      global_batch: samples per step over all workers, who share it evenly.
+      workers: how many.
+
+    Example: `WorkerData(options, 4096, workers=2)(worker=1, step=0)["ids"]` has 2048 rows.
+    """
+
+    options: SparseDataOptions
+    global_batch: int
+    workers: int
+    _open: dict[int, tuple[int, SparseBatches]] = field(default_factory=dict, repr=False)
+
+    def __call__(self, worker: int, step: int) -> dict[str, np.ndarray]:
+        """The arrays of a worker's step, as `ps.loop.arrays_of` gives them.
+
+        Raises:
+          DataError: a line cannot be read.
+        """
+        due, batches = self._open.get(worker, (0, None))
+        if batches is None or step < due:
+            share = Process(worker, self.workers)
+            source, _ = open_parts(self.options)
+            due, batches = 0, train_batches(source, self.options, self.global_batch, process=share)
+        batches.skip(step - due)
+        self._open[worker] = (step + 1, batches)
+        return arrays_of(next(batches))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": {}}
+
+
+def steps_in(options: SparseDataOptions, global_batch: int) -> int:
+    """How many batches an epoch has; reads the files once, without parsing them.
+
+    >>> steps_in(SparseDataOptions(format="clicks", samples=1000), 300)
+    4
+    """
+    if options.format == "clicks":
+        return -(-options.samples // global_batch)
+    source, _ = open_parts(options)
+    return train_batches(source, options, global_batch, epochs=1).skip()
