@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-from scipy.signal import savgol_filter
 
 # Matplotlib wants colours and CSS has names: each name travels as a colour that occurs
 # nowhere else and is put back in the finished text.
@@ -65,7 +65,14 @@ def smooth(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]
     window = len(finite) // 20 | 1
     if window < 3:
         return tuple(finite)
-    means = savgol_filter([value for _, value in finite], window, polyorder=1, mode="interp")
+    values = np.array([value for _, value in finite])
+    half, places = window // 2, np.arange(window)
+    first, last = (
+        np.polyval(np.polyfit(places, part, 1), places)
+        for part in (values[:window], values[-window:])
+    )
+    inner = np.convolve(values, np.full(window, 1 / window), "valid")
+    means = np.concatenate([first[:half], inner, last[half + 1 :]])
     return tuple((step, float(mean)) for (step, _), mean in zip(finite, means, strict=True))
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from scipy.signal import savgol_filter
 
 from shardpar.run.charts import Curve, chart, smooth, thin
 from shardpar.run.directory import RunDirectory
@@ -166,6 +168,14 @@ def test_long_curves_are_thinned_but_keep_their_peaks() -> None:
     assert len(kept) <= 600
     assert {(777, 9.0), (31_234, -9.0)} <= set(kept) <= set(points)
     assert list(kept) == sorted(kept)
+
+
+@pytest.mark.parametrize("count", [60, 61, 400, 999])
+def test_a_smoothed_curve_is_that_of_savitzky_and_golay(count: int) -> None:
+    values = np.random.default_rng(count).normal(size=count)
+    expected = savgol_filter(values, count // 20 | 1, polyorder=1, mode="interp")
+    found = [value for _, value in smooth(list(enumerate(values)))]
+    np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 def test_a_smoothed_curve_neither_lags_nor_bends_at_its_ends() -> None:
