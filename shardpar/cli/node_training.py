@@ -6,8 +6,10 @@ import math
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,20 @@ import jax
 import numpy as np
 
 from shardpar.cli.planning import use_devices
+from shardpar.cli.signals import asked_by_signal
+from shardpar.cli.stored import require_same
 from shardpar.cli.tables import console, print_json
+from shardpar.config.load import load_any
 from shardpar.config.model_source import build_options, find_model, load_model_source
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import NodesConfig
 from shardpar.errors import ConfigError, DataError, RunError, UserError
+from shardpar.ps.algorithms.keeping import Checkpointing, StoppedError
 from shardpar.ps.algorithms.link_prediction import EdgeSplit, link_auc, split_edges
 from shardpar.ps.graph.graph import Graph
 from shardpar.ps.graph.options import NodeDataOptions
 from shardpar.ps.graph.planted import planted
+from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.directory import RunDirectory
 from shardpar.run.environment import describe_environment
 from shardpar.run.metrics import MetricsLog
@@ -32,22 +39,6 @@ from shardpar.run.report import write_report
 
 _VECTORS = "vectors.txt"
 _BUNDLED = ("karate_club", "les_miserables", "florentine_families", "davis_southern_women")
-
-
-def refuse_to_resume(path: str) -> None:
-    """Refuses to go on with a run that learned vectors: it has no checkpoints.
-
-    Raises:
-      UserError: always.
-    """
-    directory = RunDirectory.existing(Path(path))
-    done = directory.path / _VECTORS
-    if done.is_file():
-        raise UserError(f"{path} is finished: its vectors are in {done}")
-    raise UserError(
-        f"{path} learns vectors of nodes, which has no checkpoints; begin again: shardpar train "
-        f"{directory.config_yaml} --run-dir {path}"
-    )
 
 
 def train(
@@ -59,11 +50,13 @@ def train(
     path = config.train.run_dir
     if path is not None and (Path(path) / _VECTORS).exists():
         raise ConfigError(
-            f"{path} holds a finished run; write another train.run_dir, or remove {path}/{_VECTORS}"
+            f"{path} is finished: its vectors are in {path}/{_VECTORS}; write another "
+            "train.run_dir, or remove them"
         )
+    _require_same_run(config)
     module = load_model_source(find_model(config.model.source))
     options = build_options(module, config.model)
-    with Progress() as progress:
+    with asked_by_signal() as signals, Progress() as progress, ExitStack() as stack:
         with progress.phase("reading the graph"):
             found = _read(config.data, progress)
             graph = found.graph
@@ -79,22 +72,44 @@ def train(
         config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
         directory.write({"config.yaml": to_yaml(config), "config.gin": to_gin(config)})
         progress.say(f"run directory: {directory.path}")
-        with MetricsLog(
-            directory.metrics,
-            tensorboard=directory.tensorboard,
-            stdout=sys.stdout if json else None,
-        ) as metrics:
-            seen = _Seen(progress, metrics, started)
+        metrics = stack.enter_context(
+            MetricsLog(
+                directory.metrics,
+                tensorboard=directory.tensorboard,
+                stdout=sys.stdout if json else None,
+            )
+        )
+        checkpoints = stack.enter_context(
+            Checkpoints(directory.checkpoints, config.checkpoint, notify=progress.say)
+        )
+        keeper = Checkpointing(
+            checkpoints, config.checkpoint, {"the graph": split.digest}, signals.should_stop
+        )
+        kept: dict[str, Any] = {"keeper": keeper}
+        if "keeper" not in signature(module.fit).parameters:
+            kept = {}
+            progress.say(f"{config.model.source} takes no `keeper`, so there are no checkpoints")
+        metrics.truncate_after(keeper.step)
+        if keeper.step:
+            progress.say(f"going on from step {keeper.step}")
+        seen = _Seen(progress, metrics, keeper.step)
+        try:
             result = module.fit(
                 options, graph.num_nodes, split.sources, split.targets, split.weights,
-                seed=config.train.seed, progress=seen,
+                seed=config.train.seed, progress=seen, **kept,
             )  # fmt: skip
-            if not np.isfinite(result.vectors).all():
-                raise RunError(
-                    "the vectors are not finite; begin again with a lower model.learning_rate"
-                )
-            scores = _scores(config, result.vectors, split, found.groups)
-            metrics.write(seen.step, scores)
+        except StoppedError:
+            console(stderr=True).print(
+                f"stopped and saved; go on with: shardpar train --resume {directory.path}",
+                highlight=False,
+            )
+            return
+        if not np.isfinite(result.vectors).all():
+            raise RunError(
+                "the vectors are not finite; begin again with a lower model.learning_rate"
+            )
+        scores = _scores(config, result.vectors, split, found.groups)
+        metrics.write(seen.step, scores)
         with progress.phase(f"writing {directory.path / _VECTORS}"):
             directory.write({_VECTORS: word2vec_text(graph.names, result.vectors)})
     took = clock_time(time.monotonic() - started)
@@ -113,6 +128,29 @@ def train(
         print_json({"step": seen.step, "vectors": str(directory.path / _VECTORS), **scores})
     screen.print(f"vectors: {directory.path / _VECTORS}", highlight=False)
     screen.print(f"report: {directory.report}", highlight=False)
+
+
+def _require_same_run(config: NodesConfig) -> None:
+    """Refuses to go on with another model or another graph than the run had.
+
+    Raises:
+      ConfigError: naming what differs.
+    """
+    path = config.train.run_dir
+    if path is None or not RunDirectory(Path(path)).config_yaml.is_file():
+        return
+    directory = RunDirectory(Path(path))
+    then = load_any(str(directory.config_yaml), find_files=False)
+    require_same(directory, _fixed(then), _fixed(config))
+
+
+def _fixed(config: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {"model.source": config.model.source, "train.seed": config.train.seed}
+    values["train.held_share"] = getattr(config.train, "held_share", None)
+    values |= {f"model.{key}": value for key, value in config.model.options}
+    # Files may have moved; the digest of the edges proves that they are the same.
+    data = {f"data.{key}": value for key, value in vars(config.data).items() if key != "path"}
+    return values | data
 
 
 def word2vec_text(names: Iterable[Any], vectors: np.ndarray) -> str:
@@ -141,9 +179,9 @@ class _Read:
 class _Seen:
     """What is shown and written down while vectors are learned."""
 
-    def __init__(self, progress: Progress, metrics: MetricsLog, started: float) -> None:
-        self.step = 0
-        self._progress, self._metrics, self._started = progress, metrics, started
+    def __init__(self, progress: Progress, metrics: MetricsLog, step: int) -> None:
+        self.step = self._first = step
+        self._progress, self._metrics, self._started = progress, metrics, time.monotonic()
 
     def __call__(self, done: int, of: int, loss: float) -> None:
         """Steps done, of how many, and the loss of late."""
@@ -151,7 +189,7 @@ class _Seen:
             return
         self.step = done
         known = loss if math.isfinite(loss) else None
-        step_s = (time.monotonic() - self._started) / done
+        step_s = (time.monotonic() - self._started) / (done - self._first)
         self._progress.update(Figures(done, of, known, step_s=step_s))
         self._metrics.write(done, {"loss": loss})
 

@@ -119,9 +119,7 @@ def train(
                 f"write: shardpar train {config[0]} --run-dir {resume}"
             )
         kept = stored_without_plan(resume, config or ())
-        if isinstance(kept, NodesConfig):
-            later("node_training").refuse_to_resume(resume)
-        elif kept is not None:
+        if kept is not None:
             trainer = _without_plan(kept, supervise, where is not None, plan, devices)
             trainer.train(kept, Path(resume).name, devices, json=json, dry_run=dry_run)
             return

@@ -18,7 +18,7 @@ from shardpar.fl.secagg_options import SecAggOptions
 from shardpar.lowering.options import ProgramOptions
 from shardpar.planner.options import ReplanOptions, SearchOptions, StragglerOptions
 from shardpar.ps.data.options import SparseDataOptions
-from shardpar.ps.graph.options import NodeDataOptions, NodeTrainOptions
+from shardpar.ps.graph.options import NodeCheckpointOptions, NodeDataOptions, NodeTrainOptions
 from shardpar.ps.options import DenseOptions, ServerOptions, SparseTrainOptions, TableOptions
 from shardpar.run.options import CheckpointOptions, SuperviseOptions
 from shardpar.train.options import (
@@ -93,6 +93,7 @@ class NodesConfig:
     model: ModelConfig = field(default_factory=lambda: ModelConfig("node2vec"))
     data: NodeDataOptions = field(default_factory=NodeDataOptions)
     train: NodeTrainOptions = field(default_factory=NodeTrainOptions)
+    checkpoint: NodeCheckpointOptions = field(default_factory=NodeCheckpointOptions)
 
 
 @dataclass(frozen=True)

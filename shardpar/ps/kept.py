@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
 from shardpar.errors import CheckpointError
 from shardpar.ps.table import PlacedTable, TableState
@@ -19,6 +22,32 @@ def kept(placed: PlacedTable, state: TableState) -> dict[str, np.ndarray]:
     pieces = placed.whole(state)
     named = {"rows": pieces[0]} | {f"slot{i}": slot for i, slot in enumerate(pieces[1:])}
     return named | {"step": np.asarray(state.step), "key": np.asarray(state.key)}
+
+
+def kept_shapes(placed: PlacedTable, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Of what `kept` gives for so many rows, on the host."""
+    shapes = {
+        "rows": host_shape(rows, placed.table.dim),
+        "step": host_shape(dtype=np.int32),
+        "key": host_shape(2, dtype=np.uint32),
+    }
+    for index, (width, _) in enumerate(placed.table.optimizer.slots(placed.table.dim)):
+        shapes[f"slot{index}"] = host_shape(rows, width)
+    return shapes
+
+
+def host_shape(*dims: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
+    """What a checkpoint reads into the host's memory."""
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=SingleDeviceSharding(_host()))
+
+
+def on_host(array: np.ndarray) -> jax.Array:
+    """An array as checkpoints take it; a table that fits on no single device fits here."""
+    return jax.device_put(array, _host())
+
+
+def _host() -> jax.Device:
+    return jax.local_devices(backend="cpu")[0]
 
 
 def restored(placed: PlacedTable, arrays: Mapping[str, np.ndarray]) -> TableState:

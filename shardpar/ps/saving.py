@@ -16,12 +16,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
 from shardpar.errors import CheckpointError
 from shardpar.ps.asked import Wanted
 from shardpar.ps.ids import IdMap
-from shardpar.ps.kept import Touched, kept, restored, with_delta
+from shardpar.ps.kept import (
+    Touched,
+    host_shape,
+    kept,
+    kept_shapes,
+    on_host,
+    restored,
+    with_delta,
+)
 from shardpar.ps.program import SparseProgram, SparseState
 from shardpar.run.checkpoints import Checkpoints
 from shardpar.run.options import CheckpointOptions
@@ -116,7 +123,7 @@ class Savings:
         told = {"base": self._base, "rows": {name: len(t["ids"]) for name, t in tables.items()}}
         self.deltas.save(
             step,
-            {**_others(state), **self._ids(), "tables": jax.tree.map(_on_host, tables)},
+            {**_others(state), **self._ids(), "tables": jax.tree.map(on_host, tables)},
             {**files, _DELTA: json.dumps(told)},
         )
         self._since += 1
@@ -182,36 +189,25 @@ class Savings:
         tables = {
             name: kept(placed, state.tables[name]) for name, placed in self.program.tables.items()
         }
-        return {**_others(state), **self._ids(), "tables": jax.tree.map(_on_host, tables)}
+        return {**_others(state), **self._ids(), "tables": jax.tree.map(on_host, tables)}
 
     def _ids(self) -> dict[str, Any]:
         """The map of ids, as arrays of 32 bits: jax has no others by default."""
         if self.ids is None:
             return {}
         arrays = {name: array.view(np.int32) for name, array in self.ids.arrays().items()}
-        return {"ids": {name: _on_host(array) for name, array in arrays.items()}}
+        return {"ids": {name: on_host(array) for name, array in arrays.items()}}
 
     def _target(self, rows: Callable[[Any], int], *, ids: bool = False) -> dict[str, Any]:
-        here = SingleDeviceSharding(_host())
-
-        def shape(*dims: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(dims, dtype, sharding=here)
-
         tables = {}
         for name, placed in self.program.tables.items():
             count = rows(_Named(name, placed))
-            tables[name] = {
-                "rows": shape(count, placed.table.dim),
-                "step": shape(dtype=np.int32),
-                "key": shape(2, dtype=np.uint32),
-            }
-            for index, (width, _) in enumerate(placed.table.optimizer.slots(placed.table.dim)):
-                tables[name][f"slot{index}"] = shape(count, width)
+            tables[name] = kept_shapes(placed, count)
             if ids:
-                tables[name]["ids"] = shape(count, dtype=np.int32)
+                tables[name]["ids"] = host_shape(count, dtype=np.int32)
         known = self._ids()
         target = {
-            name: {key: shape(*x.shape, dtype=np.int32) for key, x in arrays.items()}
+            name: {key: host_shape(*x.shape, dtype=np.int32) for key, x in arrays.items()}
             for name, arrays in known.items()
         }
         return {**_others(self.program.state_shapes), **target, "tables": tables}
@@ -262,12 +258,3 @@ def _others(state: Any) -> dict[str, Any]:
 
 def _numpy(arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {name: np.asarray(array) for name, array in arrays.items()}
-
-
-def _host() -> jax.Device:
-    return jax.local_devices(backend="cpu")[0]
-
-
-def _on_host(array: np.ndarray) -> jax.Array:
-    # A table that fits on no single device still fits in the host's memory.
-    return jax.device_put(array, _host())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import networkx
 import numpy as np
@@ -28,8 +29,8 @@ def test_held_out_edges_are_told_apart_on_one_device_and_on_several(tmp_path):
     rows = {}
     for devices in ("1", "2"):
         done = shardpar(
-            "train", NODE2VEC, *SMALL, "--json", "--devices", devices, "--run-dir", devices,
-            cwd=tmp_path,
+            "train", NODE2VEC, *SMALL, "checkpoint.every_steps=30", "--json", "--devices", devices,
+            "--run-dir", devices, cwd=tmp_path,
         )  # fmt: skip
         rows[devices] = json.loads(done.stdout.splitlines()[-1])
         assert rows[devices]["groups_auc"] > 0.75
@@ -39,9 +40,20 @@ def test_held_out_edges_are_told_apart_on_one_device_and_on_several(tmp_path):
     again = shardpar("train", "--resume", "1", cwd=tmp_path, check=False)
     assert again.returncode == 2
     assert "is finished: its vectors are in 1/vectors.txt" in again.stderr
+    # As a run looks that was killed before its end.
+    shutil.copytree(tmp_path / "1", tmp_path / "killed")
+    (tmp_path / "killed" / "vectors.txt").unlink()
+    again = shardpar("train", "--resume", "killed", "--devices", "1", cwd=tmp_path)
+    assert "going on from step" in again.stderr
+    texts = [(tmp_path / run / "vectors.txt").read_text() for run in ("1", "killed")]
+    assert texts[0] == texts[1]
+    (tmp_path / "killed" / "vectors.txt").unlink()
+    again = shardpar("train", "--resume", "killed", "model.dim=8", cwd=tmp_path, check=False)
+    assert again.returncode == 2
+    assert "model.dim was 16, now 8" in again.stderr
     again = shardpar("train", NODE2VEC, "--run-dir", "1", cwd=tmp_path, check=False)
     assert again.returncode == 2
-    assert "holds a finished run" in again.stderr
+    assert "write another train.run_dir" in again.stderr
 
 
 @pytest.mark.slow

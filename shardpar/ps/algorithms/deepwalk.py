@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from shardpar.ps.algorithms import node2vec
 from shardpar.ps.algorithms.embeddings import NodeEmbeddings, Progress, quiet
+from shardpar.ps.algorithms.keeping import NOTHING, Keeper
 from shardpar.ps.algorithms.node2vec import Node2VecOptions
 from shardpar.ps.placement import Placement
 
@@ -65,6 +66,7 @@ def fit(
     devices: Sequence[jax.Device] | None = None,
     placement: Placement | None = None,
     progress: Progress = quiet,
+    keeper: Keeper = NOTHING,
 ) -> NodeEmbeddings:
     """Learns a vector for each node.
 
@@ -78,6 +80,7 @@ def fit(
       devices: None takes all.
       placement: of the tables; None deals their rows over all devices.
       progress: called now and then with steps done, of how many, and the loss of late.
+      keeper: saves now and then, and knows where to go on.
 
     Raises:
       DataError: an edge names no node, or a weight is not positive.
@@ -92,4 +95,5 @@ def fit(
         devices=devices,
         placement=placement,
         progress=progress,
+        keeper=keeper,
     )

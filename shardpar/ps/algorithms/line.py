@@ -19,6 +19,7 @@ from msgspec import Meta
 
 from shardpar.ps.algorithms.alias import AliasTables, alias_tables
 from shardpar.ps.algorithms.embeddings import NodeEmbeddings, Progress, quiet
+from shardpar.ps.algorithms.keeping import NOTHING, Keeper
 from shardpar.ps.algorithms.lookup_program import (
     Batch,
     Formula,
@@ -122,6 +123,7 @@ def fit(
     devices: Sequence[jax.Device] | None = None,
     placement: Placement | None = None,
     progress: Progress = quiet,
+    keeper: Keeper = NOTHING,
 ) -> NodeEmbeddings:
     """Learns a vector for each node.
 
@@ -135,6 +137,7 @@ def fit(
       devices: None takes all.
       placement: of the tables; None deals their rows over all devices.
       progress: called now and then with steps done, of how many, and the loss of late.
+      keeper: saves now and then, and knows where to go on.
 
     Returns:
       The vectors, and the mean loss of an edge for each order.
@@ -147,7 +150,12 @@ def fit(
     orders = ("first", "second") if options.order == "both" else (options.order,)
     parts: list[np.ndarray] = []
     losses = []
-    for order in orders:
+    for part, order in enumerate(orders):
+        over = keeper.finished(part)
+        if over is not None:
+            parts.append(over[0])
+            losses.append(over[1])
+            continue
         program, steps = _program(options, order, nodes, edges, devices, placement)
         before, all_steps = len(parts) * steps, len(orders) * steps
 
@@ -158,10 +166,11 @@ def fit(
 
         random = np.random.default_rng((seed, 4, orders.index(order)))
         stream = _batches(options, nodes, edges, _blocks(options, nodes, devices), steps, random)
-        states, (loss,) = trained(program, seed, [stream], steps, seen)
+        states, (loss,) = trained(program, seed, [stream], steps, seen, keeper, part)
         vectors = program.tables[0].whole(states[0])[0]
         if len(orders) == 2:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        keeper.finish(vectors, loss)
         parts.append(vectors)
         losses.append(loss)
     return NodeEmbeddings(np.concatenate(parts, axis=1), tuple(losses))

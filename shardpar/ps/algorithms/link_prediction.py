@@ -6,6 +6,7 @@ as connected as it was; scores are dot products, or a logistic regression over H
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,6 +43,14 @@ class EdgeSplit:
     weights: np.ndarray | None
     held: np.ndarray
     absent: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """Of the edges to learn from, so that another graph is noticed."""
+        digest = hashlib.sha256(str(self.nodes).encode())
+        for array in (self.sources, self.targets, self.weights):
+            digest.update(b"" if array is None else np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
 
 def split_edges(

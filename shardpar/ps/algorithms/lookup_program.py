@@ -7,9 +7,11 @@ writing the gradient down saves what differentiation keeps and the losses nobody
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import jax
@@ -21,6 +23,7 @@ from jax import lax
 from shardpar.errors import PlanError
 from shardpar.lowering.shardings import grid_sharding
 from shardpar.ps.algorithms.embeddings import Progress
+from shardpar.ps.algorithms.keeping import NOTHING, Keeper, Place
 from shardpar.ps.asked import Call, HostFinder, Wanted
 from shardpar.ps.exchange import COLUMNS, ROWS, Exchange, Route
 from shardpar.ps.placement import Placement
@@ -226,6 +229,8 @@ def trained(
     passes: Iterable[Iterable[Mapping[str, np.ndarray]]],
     steps: int,
     progress: Progress,
+    keeper: Keeper = NOTHING,
+    part: int = 0,
 ) -> tuple[tuple[TableState, ...], tuple[float, ...]]:
     """Runs a program over the batches of each pass.
 
@@ -235,23 +240,56 @@ def trained(
       passes: of each, its batches.
       steps: about how many there are in all, for progress.
       progress: called every hundred steps, and after each pass.
+      keeper: where it begins, and what becomes of its state now and then.
+      part: which of an algorithm's programs this is, counted from 0.
 
     Returns:
       The tables, and the mean loss of each pass; NaN where nothing was weighed.
+
+    Raises:
+      StoppedError: the keeper wants no more.
     """
-    states, done, losses = program.init(seed), 0, []
-    for batches in passes:
-        sums, metrics = np.zeros(2), []
-        for batch in batches:
+    states, begun = keeper.begin(program, seed, part, steps)
+    done, losses = begun.done, list(begun.losses)
+    for number, batches in enumerate(passes):
+        coming = iter(batches)
+        if number < len(begun.losses):
+            # Whatever is drawn for a pass comes from where the one before ended.
+            deque(coming, maxlen=0)
+            continue
+        goes_on = number == len(begun.losses)
+        skipped = begun.in_pass if goes_on else 0
+        sums = np.array(begun.sums if goes_on else (0.0, 0.0))
+        deque(islice(coming, skipped), maxlen=0)
+        lately = _Lately()
+        for in_pass, batch in enumerate(coming, skipped + 1):
             states, now = program.step(states, batch)
-            metrics.append((now["loss"], now["weight"]))
+            lately.add(now)
             done += 1
             if done % _STEPS_BETWEEN_REPORTS == 0:
-                lately = np.sum(jax.device_get(metrics), axis=0, dtype=np.float64)
-                sums, metrics = sums + lately, []
-                progress(done, max(done, steps), float(lately[0] / max(lately[1], 1)))
-        if metrics:
-            sums = sums + np.sum(jax.device_get(metrics), axis=0, dtype=np.float64)
+                seen = lately.taken()
+                sums = sums + seen
+                progress(done, max(done, steps), float(seen[0] / max(seen[1], 1)))
+            if keeper.wants(done):
+                sums = sums + lately.taken()
+                at = Place(part, done, in_pass, tuple(losses), (float(sums[0]), float(sums[1])))
+                keeper.take(program, states, at)
+        sums = sums + lately.taken()
         losses.append(float(sums[0] / sums[1]) if sums[1] else float("nan"))
         progress(done, max(done, steps), losses[-1])
     return states, tuple(losses)
+
+
+class _Lately:
+    """Losses and weights of steps that may still be under way on the devices."""
+
+    def __init__(self) -> None:
+        self._metrics: list[tuple[jax.Array, jax.Array]] = []
+
+    def add(self, metrics: Mapping[str, jax.Array]) -> None:
+        self._metrics.append((metrics["loss"], metrics["weight"]))
+
+    def taken(self) -> np.ndarray:
+        """Their sums, float64[2]; those of what comes after are new ones."""
+        taken, self._metrics = self._metrics, []
+        return np.sum(jax.device_get(taken), axis=0, dtype=np.float64) if taken else np.zeros(2)

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from shardpar.ps.algorithms import word2vec
 from shardpar.ps.algorithms.embeddings import NodeEmbeddings, Progress, quiet
+from shardpar.ps.algorithms.keeping import NOTHING, Keeper
 from shardpar.ps.algorithms.walks import WalkOptions, Walks, adjacency
 from shardpar.ps.algorithms.word2vec import Word2VecOptions
 from shardpar.ps.optimizers import RowWiseAdaGrad
@@ -90,6 +91,7 @@ def fit(
     devices: Sequence[jax.Device] | None = None,
     placement: Placement | None = None,
     progress: Progress = quiet,
+    keeper: Keeper = NOTHING,
 ) -> NodeEmbeddings:
     """Learns a vector for each node.
 
@@ -103,6 +105,7 @@ def fit(
       devices: None takes all.
       placement: of the tables; None deals their rows over all devices.
       progress: called now and then with steps done, of how many, and the loss of late.
+      keeper: saves now and then, and knows where to go on.
 
     Raises:
       DataError: an edge names no node, or a weight is not positive.
@@ -117,4 +120,5 @@ def fit(
         devices=devices,
         placement=placement,
         progress=progress,
+        keeper=keeper,
     )

@@ -19,6 +19,7 @@ import optax
 
 from shardpar.errors import ConfigError, DataError
 from shardpar.ps.algorithms.embeddings import NodeEmbeddings, Progress, quiet
+from shardpar.ps.algorithms.keeping import NOTHING, Keeper
 from shardpar.ps.algorithms.lookup_program import (
     Batch,
     Formula,
@@ -138,6 +139,7 @@ def fit(
     devices: Sequence[jax.Device] | None = None,
     placement: Placement | None = None,
     progress: Progress = quiet,
+    keeper: Keeper = NOTHING,
 ) -> NodeEmbeddings:
     """Learns a vector for each token.
 
@@ -151,6 +153,7 @@ def fit(
       devices: None takes all.
       placement: of the tables; None deals their rows over all devices.
       progress: called now and then.
+      keeper: saves now and then, and knows where to go on.
 
     Raises:
       DataError: a token is outside the vocabulary, or there are no pairs.
@@ -196,7 +199,7 @@ def fit(
         for _ in range(options.passes):
             yield batches(sentences_of(sentences, vocabulary), shape, noise, kept, random)
 
-    states, losses = trained(program, seed, passes(), steps, progress)
+    states, losses = trained(program, seed, passes(), steps, progress, keeper)
     if not any(np.isfinite(losses)):
         raise DataError("no token has another beside it; give sentences of at least two tokens")
     return NodeEmbeddings(program.tables[0].whole(states[0])[0], losses)

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
+from shardpar.run.options import CheckpointOptions
+
 Positive = Annotated[int, Meta(ge=1)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
@@ -40,6 +42,21 @@ class NodeDataOptions:
     degree: Positive = 16
     across: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.05
     seed: Seed = 0
+
+
+@dataclass(frozen=True)
+class NodeCheckpointOptions(CheckpointOptions):
+    """Section `checkpoint` of a config that learns vectors of nodes, whose steps take milliseconds.
+
+    Attributes:
+      every_steps: save after each so many steps; 0 goes by time alone.
+      every_s: also save when so many seconds have passed; 0 never does.
+      keep: how many of the newest checkpoints to keep.
+      keep_every_steps: checkpoints of steps divisible by this are never deleted; 0 keeps none.
+    """
+
+    every_steps: Annotated[int, Meta(ge=0)] = 0
+    every_s: Annotated[float, Meta(ge=0.0)] = 300.0
 
 
 @dataclass(frozen=True)
