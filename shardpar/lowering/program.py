@@ -214,10 +214,12 @@ class Program:
     def together(self, state: TrainState) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
         """Parameters and other variables, whole, on one device of the first process.
 
-        Where one process has all devices they stay as they lie.
+        Where one process has all devices they stay as they lie, unless those share one memory.
         """
         if jax.process_count() == 1:
-            return state.params, state.rest
+            if any(device.platform != "cpu" for device in self.used_devices):
+                return state.params, state.rest
+            return jax.device_put((state.params, state.rest), first_device(self.used_devices))
         here = Layout((Group((self.devices.index(first_device(self.used_devices)),)),))
         unions = self.homes.unions(state)
         go = [p for p in unions if p.startswith((".params", ".rest"))]
