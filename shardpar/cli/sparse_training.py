@@ -51,8 +51,8 @@ from shardpar.run.report import write_report
 _SAMPLED_BATCHES = 8
 _TABLE_SHARE = 0.8
 _MAY_CHANGE = (
-    "data.path", "data.eval_path", "table.placement", "table.capacity", "ps.snapshot_every",
-    "ps.fsync", "ps.patience_s", "ps.restarts", "ps.address",
+    "data.path", "data.eval_path", "table.placement", "table.capacity", "table.ragged",
+    "ps.snapshot_every", "ps.fsync", "ps.patience_s", "ps.restarts", "ps.address",
 )  # fmt: skip
 
 
@@ -176,7 +176,8 @@ def _task(config: SparseConfig, model: TablesModel, sample: dict[str, np.ndarray
         placement = Placement(replicated=True)
     else:
         placement = Placement(columns=count) if written == "columns" else Placement(rows=count)
-    return _Task(lowered(SparseOptions(placement, capacity)), chosen)
+    sparse = SparseOptions(placement, capacity, ragged=config.table.ragged)
+    return _Task(lowered(sparse), chosen)
 
 
 def _tables(init: Callable[[Any], Any]) -> dict[str, Table]:

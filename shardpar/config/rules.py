@@ -133,12 +133,13 @@ def _server_rules(config: SparseConfig) -> Iterator[Conflict]:
             ("table.placement", "ps.servers"),
             f"table.placement is {table.placement!r}, but servers hold rows; leave it out",
         )
-    if table.capacity is not None:
-        yield Conflict(
-            ("table.capacity", "ps.servers"),
-            "table.capacity is for exchanges between devices, but ps.servers are processes; leave "
-            "it out",
-        )
+    for key in ("capacity", "ragged"):
+        if getattr(table, key) is not None:
+            yield Conflict(
+                (f"table.{key}", "ps.servers"),
+                f"table.{key} is for exchanges between devices, but ps.servers are processes; "
+                "leave it out",
+            )
     if ps.cache_rows == 0 and (ps.pull_bound or ps.push_bound):
         which = "pull_bound" if ps.pull_bound else "push_bound"
         yield Conflict(

@@ -5,12 +5,15 @@ the batch. A pull is rows Split -> requesters; a push is Partial rows -> owners.
 asks each owner for at most `capacity` rows at a time. Where more are asked, all devices go
 more rounds: the places of a row say in which round it goes, so that all gradients of a row
 meet in the same round and a nonlinear rule sees their sum. Nothing is ever dropped.
+
+Where a device's requests lie in parts, one per owner, and the backend has a ragged all-to-all,
+only what is in the parts travels, not what fills them up.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -38,11 +41,21 @@ class Route:
       rounds: of exchange.
       arrived: int32[shards, n], the places that others ask this device for; None where they
         are told anew in every round.
+      sent: int32[shards, columns], how many of each part are requests; None where whole parts
+        travel.
+      received: the same of `arrived`.
     """
 
     wanted: jax.Array
     rounds: Rounds
     arrived: jax.Array | None
+    sent: jax.Array | None = None
+    received: jax.Array | None = None
+
+    @property
+    def back(self) -> Route:
+        """The way of the answers."""
+        return replace(self, sent=self.received, received=self.sent)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,7 @@ class Exchange:
       capacity: rows that one device asks of one owner in a round.
       by_owner: a device's requests come in equal parts, one for each owner, as `HostFinder`
         makes them; one round then does, and no device has to look where its requests go.
+      ragged: only what is in those parts travels.
     """
 
     placement: Placement
@@ -62,6 +76,7 @@ class Exchange:
     dim: int
     capacity: int
     by_owner: bool = False
+    ragged: bool = False
 
     def route(self, ids: jax.Array) -> Route:
         """Who asks whom for what.
@@ -75,7 +90,12 @@ class Exchange:
         if self.placement.rows == 1 or not self.by_owner:
             return Route(wanted, self._rounds(wanted), None)
         asked = self._to_owners(self._places(wanted))
-        return Route(wanted, 1, lax.all_to_all(asked, ROWS, 0, 0, tiled=True))
+        route = Route(wanted, 1, None)
+        if self.ragged:
+            parts = asked.reshape(self.placement.rows, self.placement.columns, -1)
+            sent = (parts >= 0).sum(axis=-1, dtype=jnp.int32)
+            route = replace(route, sent=sent, received=lax.all_to_all(sent, ROWS, 0, 0, tiled=True))
+        return replace(route, arrived=_swapped(asked, route, fill=-1))
 
     def pull(self, table: jax.Array, route: Route) -> tuple[jax.Array, jax.Array | None]:
         """The wanted rows, float[u, dim]; zeros where an id is negative.
@@ -94,7 +114,7 @@ class Exchange:
         if route.arrived is not None:
             found = read(table, route.arrived.reshape(-1))
             answers = found.reshape(*route.arrived.shape, -1)
-            back = lax.all_to_all(answers, ROWS, 0, 0, tiled=True)
+            back = _swapped(answers, route.back, fill=0)
             return self._narrowed(self._from_owners(back)), found
         shard, place = self._home(route.wanted)
         out = jnp.zeros((route.wanted.shape[0], table.shape[1]), table.dtype)
@@ -152,7 +172,7 @@ class Exchange:
             return applied(table, taken(places), sums, rule, found), scratch
         if route.arrived is not None:
             places = route.arrived.reshape(-1)
-            parts = lax.all_to_all(self._to_owners(sums), ROWS, 0, 0, tiled=True)
+            parts = _swapped(self._to_owners(sums), route, fill=0)
             places, total, scratch = summed(places, parts.reshape(places.size, -1), scratch)
             return applied(table, taken(places), total, rule, found), scratch
         shard, place = self._home(route.wanted)
@@ -260,6 +280,31 @@ def usual_capacity(requests: int, placement: Placement) -> int:
     564
     """
     return 2 * -(-requests * placement.columns // placement.rows) + 64
+
+
+def _swapped(parts: jax.Array, route: Route, *, fill: int) -> jax.Array:
+    """[shards, columns * n, ...]: part i of device j becomes part j of device i.
+
+    Where the route says how much of each part there is, only that travels, and `fill` is in the
+    place of the rest.
+    """
+    if route.sent is None or route.received is None:
+        return lax.all_to_all(parts, ROWS, 0, 0, tiled=True)
+    shards, columns = route.sent.shape
+    size = parts.shape[1] // columns
+    begins = jnp.arange(shards * columns, dtype=jnp.int32) * size
+    mine = lax.axis_index(ROWS).astype(jnp.int32) * columns * size
+    flat = parts.reshape(-1, *parts.shape[2:])
+    swapped = lax.ragged_all_to_all(
+        flat,
+        jnp.full_like(flat, fill),
+        begins,
+        route.sent.reshape(-1),
+        mine + begins % (columns * size),
+        route.received.reshape(-1),
+        axis_name=ROWS,
+    )
+    return swapped.reshape(parts.shape)
 
 
 def _each(rounds: Rounds, one: Callable[[jax.Array, Any], Any], carry: Any) -> Any:

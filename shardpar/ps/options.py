@@ -39,6 +39,8 @@ class TableOptions:
         least frequently used, or nobody.
       ttl_steps: with mapped ids: those not seen for so many steps may go; null keeps them.
       capacity: rows that one device asks of another in one round; null takes twice the mean.
+      ragged: only rows that are asked for travel between devices, not equal parts; null does so
+        on TPUs. CPUs cannot.
     """
 
     optimizer: Literal["adagrad", "rowwise_adagrad", "sgd", "momentum", "adam", "ftrl"] = "adagrad"
@@ -58,6 +60,7 @@ class TableOptions:
     evict: Literal["lru", "lfu", "never"] = "lru"
     ttl_steps: Positive | None = None
     capacity: Positive | None = None
+    ragged: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,15 @@ class SparseOptions:
       find: where distinct ids are found; "auto" is the host where ids come straight from
         the batch.
       skip_nonfinite: leave the state as it is when a step's loss is not finite.
+      ragged: only the rows that are asked for travel between devices, by XLA's ragged
+        all-to-all, instead of equal parts; None does so on TPUs. XLA on CPUs has none.
     """
 
     placements: Mapping[str, Placement] | Placement | None = None
     capacity: int | None = None
     find: str = "auto"
     skip_nonfinite: bool = True
+    ragged: bool | None = None
 
 
 class SparseProgram:
@@ -121,6 +124,11 @@ class SparseProgram:
         self._rate = rate or optax.constant_schedule(1.0)
         self.options = options
         self.devices = tuple(jax.devices() if devices is None else devices)
+        if options.ragged and any(device.platform == "cpu" for device in self.devices):
+            raise PlanError(
+                "XLA on CPUs has no ragged all-to-all; leave ragged (table.ragged) out, or write "
+                "false"
+            )
         self.model: AbstractModel = abstract_model(init, may_be_empty=True)
         named = tables_of(self.model.merge(self.model.params, self.model.rest))
         if not named:
@@ -429,7 +437,10 @@ class SparseProgram:
         name = self._names[index]
         placed, ids = self.tables[name], wanted.ids[index]
         exchange = placed.exchange(
-            ids.shape[0], wanted.is_by_owner(index), capacity=self.options.capacity
+            ids.shape[0],
+            wanted.is_by_owner(index),
+            capacity=self.options.capacity,
+            ragged=self.options.ragged,
         )
         route = exchange.route(ids)
         return exchange.pull(state.tables[name].rows, route), exchange, route

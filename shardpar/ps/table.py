@@ -144,10 +144,22 @@ class PlacedTable:
             key=grid_sharding(self.mesh, (), 0),
         )
 
-    def exchange(self, requests: int, by_owner: bool, *, capacity: int | None = None) -> Exchange:
-        """How rows travel when a device asks for so many; for other arguments see `Exchange`."""
+    def exchange(
+        self,
+        requests: int,
+        by_owner: bool,
+        *,
+        capacity: int | None = None,
+        ragged: bool | None = None,
+    ) -> Exchange:
+        """How rows travel when a device asks for so many; for other arguments see `Exchange`.
+
+        With `ragged` None, only what is asked for travels on TPUs, and whole parts elsewhere.
+        """
         capacity = capacity or usual_capacity(requests, self.placement)
-        return Exchange(self.placement, self.table.rows, self.table.dim, capacity, by_owner)
+        if ragged is None:
+            ragged = all(device.platform == "tpu" for device in self.mesh.devices.flat)
+        return Exchange(self.placement, self.table.rows, self.table.dim, capacity, by_owner, ragged)
 
     def init(self, key: jax.Array) -> TableState:
         """Every row as its initializer says, born sharded. `key` is a typed jax.random key."""
