@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from shardpar.errors import ConfigError, PlanError
-from tests.cli.command import LONG, rows
+from tests.cli.command import LONG, rows, shardpar
 from tests.cli.mixed import GPT, TINY, texts, train
 
 WIDE = """\
@@ -117,6 +117,25 @@ def test_dispatched_steps_have_the_losses_of_one_device_and_go_on_where_they_sto
     assert all(row["dispatch_gap"] <= 0.01 for row in found[0])
     with pytest.raises(PlanError, match="the plan is one stage that takes them all"):
         train(GPT, *TINY, "data.dispatch=true", "plan.file=six.yaml", "train.run_dir=other")
+
+
+@pytest.mark.slow
+@LONG
+@pytest.mark.parametrize("how", ["dispatched", "buckets"])
+def test_two_processes_have_the_losses_of_one_device(here, calm, how):
+    """The long pipeline reaches over both; every process finds the same assignment."""
+    over_both = UNEQUAL.replace("devices: [1]", "devices: [3]")
+    (here / "unequal.yaml").write_text(over_both)
+    (here / "wide.yaml").write_text(WIDE.replace("[2, 3]", "[1, 2]"))
+    given = {
+        "dispatched": ("data.dispatch=true", "dispatch.row_tokens=[32,16]"),
+        "buckets": ("buckets.lengths=[8,32]", "buckets.plans=[wide.yaml,unequal.yaml]"),
+    }[how]
+    shardpar(
+        "launch", "-n", "2", "--", "train", GPT, *TINY, *given, "plan.file=unequal.yaml",
+        "--devices", "2", "train.steps=4", "--run-dir", "both", cwd=here,
+    )  # fmt: skip
+    require_same(steps_and_end(here / "both"), calm)
 
 
 def test_a_plan_that_does_not_fit_is_refused(here):
