@@ -195,9 +195,9 @@ class SparseBatches:
     def _epoch(self, start: Position) -> Iterator[tuple[SparseBatch, Position]]:
         parts: list[SparseBatch] = []
         filled, position = 0, start
-        for window in self._windows(start):
-            # Only the window that a run stopped in begins in its middle.
-            taken = start.taken if position is start else 0
+        for number, window in enumerate(self._windows(start)):
+            # Only the window that a run stopped in begins in its middle, or at its end.
+            taken = start.taken if number == 0 else 0
             while taken < window.order.size:
                 count = min(self._global_batch - filled, window.order.size - taken)
                 first = max(self._mine.start - filled, 0)

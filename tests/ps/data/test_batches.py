@@ -84,6 +84,23 @@ def test_a_run_goes_on_exactly_where_it_stopped(libffm_file, tmp_path, compresse
     assert sorted(ids(before) + rest) == sorted(list(range(100)) * 2)
 
 
+@pytest.mark.parametrize("shuffle", [0, 10, 30])
+@pytest.mark.parametrize("batch", [5, 10, 16])
+def test_after_whichever_batch_it_stopped(libffm_file, shuffle, batch):
+    """At the end of a window, too, where windows and batches meet."""
+    options = options_of(libffm_file(100), shuffle=shuffle)
+    whole = train_batches(open_data(options), options, batch, epochs=2)
+    positions = [whole.position]
+    found = []
+    for each in whole:
+        found.append(each)
+        positions.append(whole.position)
+    for stop, position in enumerate(positions):
+        again = train_batches(open_data(options), options, batch, epochs=2)
+        again.restore(position)
+        assert ids(again) == ids(found[stop:]), (stop, position)
+
+
 def test_processes_share_each_batch(libffm_file):
     options = options_of(libffm_file(101), shuffle=30)
     alone = run(options, 12)
