@@ -53,6 +53,7 @@ def train(
             data = data_options(config)
             parts = open_parts(data)
             first = first_batches(parts[0], data, size, mapped=False)
+        model.require(first)
         batch = {name: x[:size] for name, x in first.items()}
         with progress.phase("counting the samples"):
             steps = total_steps(config, data) if data.format == "clicks" else None
@@ -76,11 +77,10 @@ def train(
             cluster = stack.enter_context(
                 Cluster(
                     model.loss, model.init, dense_optimizer(config.optimizer), batch,
-                    WorkerData(data, config.train.global_batch, ps.workers),
+                    WorkerData(data, config.train.global_batch, ps.workers, model.require),
                     _cluster_options(ps, directory.path / _SERVERS), config.train.seed,
                 )
             )  # fmt: skip
-            step = cluster.steps
         metrics = stack.enter_context(
             MetricsLog(
                 directory.metrics,
@@ -93,9 +93,17 @@ def train(
         # Ray sets its own handler of SIGTERM when it starts.
         signals = stack.enter_context(asked_by_signal())
         loop = ClusterLoop(
-            cluster, parts[1], predict, data, config.train, metrics, progress, signals.should_stop
+            cluster,
+            parts[1],
+            predict,
+            data,
+            config.train,
+            metrics,
+            progress,
+            signals.should_stop,
+            model.require,
         )
-        outcome = loop.run(max(steps, step))
+        outcome = loop.run(steps)
     conclude(config, name, directory, outcome, started, json=json)
 
 

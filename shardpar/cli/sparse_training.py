@@ -71,6 +71,7 @@ def train(
             parts = open_parts(data)
             mapped = config.table.ids == "mapped"
             first = first_batches(parts[0], data, config.train.global_batch, mapped=mapped)
+        model.require(first)
         with progress.phase("tracing the model"):
             task = _task(config, model, first)
         for name_, choice in task.choices.items():
@@ -112,6 +113,7 @@ def train(
                 signals.should_stop,
                 total_steps(config, data),
                 ids,
+                model.require,
             ),
         )
     conclude(config, name, directory, outcome, started, json=json)

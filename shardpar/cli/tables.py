@@ -42,8 +42,18 @@ def console(stderr: bool = False) -> Console:
 
 
 def print_json(value: Any) -> None:
-    """Prints one JSON object on one line."""
-    print(json_format.dumps(value), flush=True)  # noqa: T201
+    """Prints one JSON object on one line; NaN and infinities, which JSON has not, are null."""
+    print(json_format.dumps(_finite(value)), flush=True)  # noqa: T201
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return value
 
 
 def print_config(config: RunConfig, *, json: bool) -> None:

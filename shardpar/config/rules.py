@@ -22,6 +22,8 @@ from shardpar.errors import ConfigError
 from shardpar.ps.consistency import consistency_from_text
 
 _BYTE_VOCABULARY = 256
+CLICK_ROWS = 1 << 20
+"""Ids of `ps.data.clicks`, whose import takes longer than reading a config."""
 _PINS = (
     "data", "fsdp", "tensor", "zero1", "sequence_parallel", "recompute", "context", "attention",
     "microbatch", "stages", "pipelines", "fix",
@@ -97,6 +99,20 @@ def _table_rules(config: SparseConfig) -> Iterator[Conflict]:
             "data.path is not set; write data.path=FILE, or data.format=clicks for a generated "
             "click log",
         )
+    if data.format == "clicks" and (data.hashed or data.rows is not None):
+        which = "hashed" if data.hashed else "rows"
+        yield Conflict(
+            (f"data.{which}", "data.format"),
+            f"data.{which} is for ids of files; data.format is 'clicks', which is generated with "
+            f"ids below {CLICK_ROWS}; leave it out",
+        )
+    mapped = config.table.ids == "mapped"
+    if data.format == "clicks" and isinstance(rows, int) and rows < CLICK_ROWS and not mapped:
+        yield Conflict(
+            ("model.rows", "data.format"),
+            f"model.rows is {rows}, but the generated click log has ids below {CLICK_ROWS}; write "
+            f"model.rows={CLICK_ROWS}, or table.ids=mapped",
+        )
     if data.format == "clicks" and data.path is not None:
         yield Conflict(
             ("data.path", "data.format"),
@@ -140,6 +156,13 @@ def _server_rules(config: SparseConfig) -> Iterator[Conflict]:
                 f"table.{key} is for exchanges between devices, but ps.servers are processes; "
                 "leave it out",
             )
+    if ps.push_bound and table.optimizer not in ("sgd", "adagrad", "rowwise_adagrad"):
+        yield Conflict(
+            ("ps.push_bound", "table.optimizer"),
+            f"ps.push_bound lets updates wait and adds them up later, which {table.optimizer!r} "
+            "does not allow; write ps.push_bound=0, or table.optimizer=sgd, adagrad or "
+            "rowwise_adagrad",
+        )
     if ps.cache_rows == 0 and (ps.pull_bound or ps.push_bound):
         which = "pull_bound" if ps.pull_bound else "push_bound"
         yield Conflict(

@@ -5,14 +5,16 @@ A model file is imported by whoever needs it, so that what is sent is its path a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from shardpar.config.model_source import build_options, find_model, load_model_source
 from shardpar.config.schema import ModelConfig
-from shardpar.errors import ConfigError
+from shardpar.errors import ConfigError, DataError
 from shardpar.ps.options import TableOptions
 from shardpar.ps.rules import row_optimizer, with_rule
 
@@ -25,10 +27,8 @@ class TablesModel:
       config: which file, and the model's options.
       table: the rule of rows that have none of their own.
 
-    >>> from shardpar.config.load import load_any
-    >>> config = load_any(None, ["model.source=fm"])
-    >>> TablesModel(config.model, config.table).module.__name__.split("_")[3]
-    'fm'
+    >>> TablesModel(ModelConfig("fm"), TableOptions()).module.__doc__.partition(":")[0]
+    'Factorisation machines'
     """
 
     config: ModelConfig
@@ -52,6 +52,23 @@ class TablesModel:
     def loss(self, model: Any, batch: Any) -> Any:
         """What the model file's `loss` gives."""
         return self.module.loss(model, batch)
+
+    def require(self, batch: Mapping[str, np.ndarray]) -> None:
+        """Lets the model file look at a batch, if it wants to: `require(options, batch)`.
+
+        Args:
+          batch: numpy arrays, as `loss` sees them.
+
+        Raises:
+          DataError: in the words of the ValueError that the model file raised.
+        """
+        require = getattr(self.module, "require", None)
+        if require is None:
+            return
+        try:
+            require(build_options(self.module, self.config), batch)
+        except ValueError as error:
+            raise DataError(f"{self.config.source} does not take this data: {error}") from None
 
     @property
     def predict(self) -> Callable[[Any, Any], Any]:

@@ -288,6 +288,14 @@ class WorkerActor:
     """
 
     def __init__(self, number: int, spec: WorkerSpec, servers: Sequence[str], clock: str) -> None:
+        self._failed: ShardparError | None = None
+        try:
+            self._make(number, spec, servers, clock)
+        except ShardparError as error:
+            # Raised here, Ray would start it anew, to fail again.
+            self._failed = error
+
+    def _make(self, number: int, spec: WorkerSpec, servers: Sequence[str], clock: str) -> None:
         import ray
 
         self._number, self._clock, self._spec = number, ray.get_actor(clock), spec
@@ -304,7 +312,12 @@ class WorkerActor:
 
         Returns:
           The steps that it has finished, and what went over the wire since it was made.
+
+        Raises:
+          ShardparError: what kept it from being made, or what a step met.
         """
+        if self._failed is not None:
+            raise self._failed
         for step in range(self._client.position.steps, steps):
             if not self._tell("start", step):
                 break

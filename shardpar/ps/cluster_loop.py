@@ -18,7 +18,7 @@ from shardpar.ps.data.batch import SparseBatch
 from shardpar.ps.data.batches import eval_batches
 from shardpar.ps.data.options import SparseDataOptions
 from shardpar.ps.data.source import Source
-from shardpar.ps.loop import Predict, Seen, arrays_of, evaluated, tell_scores
+from shardpar.ps.loop import Predict, Require, Seen, arrays_of, evaluated, tell_scores
 from shardpar.ps.options import SparseTrainOptions
 from shardpar.run.metrics import MetricsLog
 from shardpar.run.progress import Figures, Progress
@@ -55,6 +55,7 @@ class ClusterLoop:
       options: batch, evaluation.
       metrics, progress: of the run directory.
       should_stop: asked several times a second.
+      require: looks at the arrays of every evaluated batch, and raises what is wrong with them.
     """
 
     cluster: Cluster
@@ -65,6 +66,7 @@ class ClusterLoop:
     metrics: MetricsLog
     progress: Progress
     should_stop: Callable[[], bool]
+    require: Require = lambda _: None
     _told: int = field(default=0, init=False)
     _told_s: float = field(default=-math.inf, init=False)
     _loss: float | None = field(default=None, init=False)
@@ -79,6 +81,12 @@ class ClusterLoop:
         """
         step = self._told = self.cluster.steps
         self.metrics.truncate_after(step)
+        if step >= steps > 0:
+            self.progress.say(
+                f"nothing is left to train after step {step}; raise train.epochs or train.steps to "
+                "go on"
+            )
+            return ClusterOutcome(step, None, {}, stopped=False)
         if step:
             self.progress.say(f"going on from step {step}")
         every = self.options.eval_every or steps
@@ -146,6 +154,7 @@ class ClusterLoop:
 
         def seen(batch: SparseBatch) -> Seen:
             arrays = arrays_of(batch)
+            self.require(arrays)
             total, weight = self.cluster.apply(arrays, program.evaluate)
             out = np.asarray(self.cluster.apply(arrays, self.predict))
             return out, float(total), float(weight)

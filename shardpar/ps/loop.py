@@ -38,6 +38,7 @@ POSITION = "position.json"
 
 Predict = Callable[[Any, Mapping[str, Any]], Any]
 Seen = tuple[np.ndarray, float, float]
+Require = Callable[[Mapping[str, np.ndarray]], None]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ class SparseSurroundings:
       should_stop: asked after every step.
       total_steps: how many there will be, where that is known.
       ids: maps ids to rows; None where they are rows.
+      require: looks at the arrays of every batch, and raises what is wrong with them.
     """
 
     savings: Savings
@@ -80,6 +82,7 @@ class SparseSurroundings:
     should_stop: Callable[[], bool]
     total_steps: int | None
     ids: IdMap | None = None
+    require: Require = lambda _: None
 
 
 def arrays_of(batch: SparseBatch, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -149,7 +152,7 @@ def train(
     around.begun()
     loop = _Loop(program, parts[1], predict, data, options, saving, around)
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        return loop.run(state, step, _ahead(thread, batches, program, around.ids))
+        return loop.run(state, step, _ahead(thread, batches, program, around))
 
 
 @dataclass(frozen=True)
@@ -166,7 +169,7 @@ def _ahead(
     thread: ThreadPoolExecutor,
     batches: SparseBatches,
     program: SparseProgram,
-    ids: IdMap | None,
+    around: SparseSurroundings,
 ) -> Iterator[_Ready]:
     """Batches, the next one being made while one is used."""
 
@@ -174,7 +177,9 @@ def _ahead(
         batch = next(batches, None)
         if batch is None:
             return None
-        prepared = program.prepared(arrays_of(batch)) if ids is None else None
+        arrays = arrays_of(batch) if around.ids is None else None
+        around.require(arrays or {n: x for n, x in vars(batch).items() if x is not None})
+        prepared = program.prepared(arrays) if arrays is not None else None
         return _Ready(batch, prepared, float((batch.weights > 0).sum()), batches.position)
 
     coming = thread.submit(make)
@@ -230,7 +235,12 @@ class _Loop:
                 break
         if position is not None and saved != step:
             self._save(step, state, position)
-        if not stopped and evaluated != step:
+        if position is None and step:
+            around.progress.say(
+                f"nothing is left to train after step {step}; raise train.epochs or train.steps to "
+                "go on"
+            )
+        elif not stopped and evaluated != step:
             scores = self._evaluate(state, step)
         return SparseOutcome(state, step, loss, scores, stopped)
 
@@ -292,6 +302,7 @@ class _Loop:
 
         def seen(batch: SparseBatch) -> Seen:
             arrays = arrays_of(batch, self._known(batch))
+            self.around.require(arrays)
             out = np.asarray(self.program.apply(state, arrays, self.predict))
             cost = self.program.evaluate(state, arrays)
             weight = float(cost["weight"])

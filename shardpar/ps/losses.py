@@ -4,8 +4,58 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Cost = tuple[jax.Array, jax.Array]
+
+
+def require_binary(labels: np.ndarray, weights: np.ndarray) -> None:
+    """Refuses labels that are no two classes, before they make a loss that means nothing.
+
+    Args:
+      labels: float[batch], on the host.
+      weights: float[batch]; labels of weight 0 do not count.
+
+    Raises:
+      ValueError: naming the first label that is not -1 or 0 to 1.
+
+    >>> require_binary(np.array([0.0, 1.0, -1.0, 7.0]), np.array([1.0, 1.0, 1.0, 0.0]))
+    """
+    counted = labels[weights > 0]
+    bad = counted[~((counted == -1) | ((counted >= 0) & (counted <= 1)))]
+    if bad.size:
+        raise ValueError(
+            f"a label is {bad[0]:g}, and this model tells two classes apart, 0 and 1 (or -1 and "
+            "1); write data.binary_labels=true to take all above 0 for 1, or use model.source="
+            "'softmax' for classes, or 'linear' with model.loss='squared' for numbers"
+        )
+
+
+def require_classes(labels: np.ndarray, weights: np.ndarray, classes: int) -> None:
+    """Refuses labels that are no class.
+
+    Args:
+      labels: float[batch], on the host.
+      weights: float[batch]; labels of weight 0 do not count.
+      classes: 0 to `classes` - 1.
+
+    Raises:
+      ValueError: naming the first label that is none.
+
+    >>> require_classes(np.array([0.0, 2.0]), np.ones(2), classes=3)
+    """
+    counted = labels[weights > 0]
+    bad = counted[~((counted >= 0) & (counted == np.floor(counted)))]
+    if bad.size:
+        raise ValueError(
+            f"a label is {bad[0]:g}, and classes are whole numbers from 0 on; number them so in "
+            "the data"
+        )
+    if counted.size and counted.max() >= classes:
+        raise ValueError(
+            f"a label is {counted.max():g}, but model.classes is {classes}; write "
+            f"model.classes={int(counted.max()) + 1}"
+        )
 
 
 def _summed(costs: jax.Array, weights: jax.Array) -> Cost:

@@ -181,4 +181,6 @@ class FTRL(RowOptimizer):
         z = z + gradient - (jnp.sqrt(total) - jnp.sqrt(n)) / alpha * rows
         strength = (self.beta + jnp.sqrt(total)) / alpha + self.l2
         kept = jnp.sign(z) * jnp.maximum(jnp.abs(z) - self.l1, 0.0)
-        return -kept / strength, (z, total)
+        # Without beta and l2, a row that had no gradient yet has no strength: it stays.
+        moved = -kept / jnp.where(strength > 0, strength, 1.0)
+        return jnp.where(strength > 0, moved, rows), (z, total)

@@ -98,7 +98,8 @@ class Placement:
             fits = [n for n in range(1, dim + 1) if dim % n == 0 and n < self.columns]
             raise PlanError(
                 f"a table of {dim} columns is not cut into {self.columns} equal pieces; "
-                f"columns={max(fits, default=1)} would fit"
+                f"columns={max(fits, default=1)} would fit, or cut rows instead (table.placement="
+                "rows)"
             )
         return dim // self.columns
 

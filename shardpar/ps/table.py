@@ -50,7 +50,7 @@ class Table:
         if not 1 <= self.rows <= _MOST_ROWS or self.dim < 1:
             raise PlanError(
                 f"a table has 1 to {_MOST_ROWS} rows and at least 1 column, not {self.rows} x "
-                f"{self.dim}; ids of a wider range are mapped to rows by `ps.ids`"
+                f"{self.dim}; map ids of a wider range to rows (table.ids=mapped, `ps.IdMap`)"
             )
 
     @property
@@ -246,8 +246,8 @@ def require_ids(ids: np.ndarray, rows: int, what: str) -> None:
         at = tuple(int(i) for i in np.unravel_index(bad[0], ids.shape)) if ids.ndim else ()
         raise DataError(
             f"{what} has rows 0 to {rows - 1}, but id {ids.reshape(-1)[bad[0]]} is asked for at "
-            f"{list(at)} ({bad.size} of {ids.size} ids are outside); make the table larger, or "
-            "map ids to rows with `ps.ids`"
+            f"{list(at)} ({bad.size} of {ids.size} ids are outside); give the table "
+            "more rows (model.rows), or map ids to rows (table.ids=mapped, `ps.IdMap`)"
         )
 
 

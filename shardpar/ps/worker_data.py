@@ -14,7 +14,7 @@ import numpy as np
 from shardpar.ps.data.batches import Process, SparseBatches, train_batches
 from shardpar.ps.data.open import open_parts
 from shardpar.ps.data.options import SparseDataOptions
-from shardpar.ps.loop import arrays_of
+from shardpar.ps.loop import Require, arrays_of
 
 
 @dataclass
@@ -25,6 +25,7 @@ class WorkerData:
       options: of the data.
       global_batch: samples per step over all workers, who share it evenly.
       workers: how many.
+      require: looks at the arrays of every batch, and raises what is wrong with them.
 
     Example: `WorkerData(options, 4096, workers=2)(worker=1, step=0)["ids"]` has 2048 rows.
     """
@@ -32,6 +33,7 @@ class WorkerData:
     options: SparseDataOptions
     global_batch: int
     workers: int
+    require: Require = lambda _: None
     _open: dict[int, tuple[int, SparseBatches]] = field(default_factory=dict, repr=False)
 
     def __call__(self, worker: int, step: int) -> dict[str, np.ndarray]:
@@ -47,7 +49,9 @@ class WorkerData:
             due, batches = 0, train_batches(source, self.options, self.global_batch, process=share)
         batches.skip(step - due)
         self._open[worker] = (step + 1, batches)
-        return arrays_of(next(batches))
+        arrays = arrays_of(next(batches))
+        self.require(arrays)
+        return arrays
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}

@@ -96,6 +96,10 @@ def test_a_line_that_a_worker_cannot_read_is_named(tmp_path, data):
         ((*SERVED, "ps.workers=3"), "write train.global_batch=4095"),
         ((*SERVED, "ps.consistency=fast"), "'bsp', 'ssp(N)' or 'asp', not 'fast'"),
         ((*SERVED, "ps.delay_scaled=true"), "in 'bsp' none is late"),
+        (
+            (*SERVED, "ps.cache_rows=9", "ps.push_bound=1", "table.optimizer=adam"),
+            "which 'adam' does not allow",
+        ),
         ((*SERVED, "ps.pull_bound=5"), "write ps.cache_rows="),
         ((*SERVED, "table.ids=mapped"), "write data.hashed=true and table.ids=rows"),
         ((*SERVED, "table.placement=columns"), "servers hold rows"),

@@ -66,10 +66,16 @@ def test_one_s_own_file_is_read_and_its_bad_line_named(tmp_path):
         (("data.path=nowhere.ffm", "data.format=libffm"), "there is no file 'nowhere.ffm'"),
         (("table.optimiser=sgd",), "did you mean table.optimizer?"),
         (("model.rows=100", "data.rows=200"), "write model.rows=200"),
+        (("model.rows=100",), "write model.rows=1048576, or table.ids=mapped"),
+        (("data.hashed=true",), "data.hashed is for ids of files"),
+        (
+            ("data.format=sklearn", "data.path=iris", "data.eval_path=null"),
+            "a label is 2, and this model tells two classes apart",
+        ),
         (("--supervise",), "--supervise is for models with a plan"),
         (("--plan", "plan.yaml"), "there is no section plan"),
     ],
-    ids=["file", "key", "rows", "supervise", "plan"],
+    ids=["file", "key", "rows", "few rows", "hashed", "labels", "supervise", "plan"],
 )
 def test_what_cannot_be_is_refused_in_words(tmp_path, given, message):
     done = shardpar("train", FM, *given, cwd=tmp_path, check=False)

@@ -12,7 +12,7 @@ import optax
 import pytest
 from flax import nnx
 
-from shardpar.errors import ConfigError, DataError
+from shardpar.errors import ConfigError, DataError, PlanError
 from shardpar.ps.cache import CacheOptions
 from shardpar.ps.consistency import ASP, BSP, SSP
 from shardpar.ps.embed import Embed
@@ -106,6 +106,17 @@ def scores(model, batch):
 def good_for_five_steps(worker, step):
     batch = batch_of(worker, step)
     return batch if step < 5 else batch | {"ids": batch["ids"] + ROWS}
+
+
+def test_what_keeps_a_worker_from_starting_is_raised_and_not_tried_again(tmp_path):
+    waiting = ClusterOptions(tmp_path, servers=1, workers=1, cache=CacheOptions(20, push_bound=2))
+    with (
+        Cluster(
+            loss, Clicks, OPTIMIZER, batch=batch_of(0, 0), data=batch_of, options=waiting
+        ) as it,
+        pytest.raises(PlanError, match="updates by LazyAdam cannot wait in a cache"),
+    ):
+        it.train(1)
 
 
 @pytest.mark.slow

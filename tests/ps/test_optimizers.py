@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -110,3 +111,13 @@ def test_a_rate_scales_the_step() -> None:
     one = np.ones((1, DIM), np.float32)
     rows, _ = ps.SGD(0.1).update(one, (), one, 1, 0.5)
     np.testing.assert_allclose(rows, 1 - 0.05)
+
+
+def test_ftrl_without_beta_leaves_rows_that_have_no_gradient_yet():
+    rule = ps.FTRL(alpha=0.5, beta=0.0)
+    rows, zero = jnp.array([[0.0], [0.7]]), jnp.zeros((2, 1))
+    new, slots = rule.update(rows, (zero, zero), zero, 1, 1.0)
+    np.testing.assert_array_equal(new, rows)
+    new, _ = rule.update(new, slots, jnp.ones((2, 1)), 2, 1.0)
+    # The first step is as long as alpha, whatever the gradient.
+    np.testing.assert_allclose(new[0], -0.5)

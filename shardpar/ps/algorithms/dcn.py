@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from shardpar import ps
 from shardpar.ps import losses
-from shardpar.ps.algorithms.perceptron import Perceptron, require_fields
+from shardpar.ps.algorithms.perceptron import Perceptron, require_dense, require_fields
 
 TRAINS = "tables"
 
@@ -33,7 +33,7 @@ class DCNOptions:
     factors: Annotated[int, Meta(ge=1)] = 16
     crosses: Annotated[int, Meta(ge=1)] = 2
     rank: Annotated[int, Meta(ge=0)] = 32
-    hidden: tuple[int, ...] = (64, 32)
+    hidden: tuple[Annotated[int, Meta(ge=1)], ...] = (64, 32)
     dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     init_std: Annotated[float, Meta(gt=0.0)] = 0.01
 
@@ -70,6 +70,7 @@ class DCN(nnx.Module):
     def __call__(self, batch):
         """Scores [batch]."""
         require_fields(self.options.fields, batch["ids"].shape[1])
+        require_dense(self.options.dense, batch)
         rows = self.features(batch["ids"], batch["values"])
         first = rows.reshape(rows.shape[0], -1)
         if self.options.dense:
@@ -93,3 +94,8 @@ def loss(model, batch):
 def predict(model, batch):
     """Probabilities [batch]."""
     return jax.nn.sigmoid(model(batch))
+
+
+def require(_options, batch):
+    """Refuses labels that are no clicks."""
+    losses.require_binary(batch["labels"], batch["weights"])

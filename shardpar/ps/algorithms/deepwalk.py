@@ -39,7 +39,7 @@ class DeepWalkOptions:
     5
     """
 
-    length: Positive = 40
+    length: Annotated[int, Meta(ge=2)] = 40
     walks_per_node: Positive = 10
     directed: bool = False
     dim: Positive = 128

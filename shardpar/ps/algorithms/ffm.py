@@ -66,3 +66,14 @@ def loss(model, batch):
 def predict(model, batch):
     """Probabilities [batch]."""
     return jax.nn.sigmoid(model(batch))
+
+
+def require(options, batch):
+    """Refuses labels that are no clicks, and fields that the model has no factors for."""
+    losses.require_binary(batch["labels"], batch["weights"])
+    most = int(batch["fields"].max(initial=0)) if "fields" in batch else 0
+    if most >= options.fields:
+        raise ValueError(
+            f"a feature is of field {most}, but model.fields is {options.fields}; write "
+            f"model.fields={most + 1}"
+        )

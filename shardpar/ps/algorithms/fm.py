@@ -64,3 +64,8 @@ def loss(model, batch):
 def predict(model, batch):
     """Probabilities [batch]."""
     return jax.nn.sigmoid(model(batch))
+
+
+def require(_options, batch):
+    """Refuses labels that are no clicks."""
+    losses.require_binary(batch["labels"], batch["weights"])

@@ -16,6 +16,7 @@ from msgspec import Meta
 
 from shardpar import ps
 from shardpar.ps import losses
+from shardpar.ps.algorithms.perceptron import require_dense
 
 TRAINS = "tables"
 
@@ -46,6 +47,7 @@ class Linear(nnx.Module):
 
     def __call__(self, batch):
         """Scores [batch], and the squared norm of each sample's weights [batch]."""
+        require_dense(self.options.dense, batch)
         weights = self.weights(batch["ids"])[..., 0]
         scores = (weights * batch["values"]).sum(-1) + self.bias[...]
         if self.options.dense:
@@ -74,3 +76,9 @@ def predict(model, batch):
     """Probabilities for logistic, else scores."""
     scores, _ = model(batch)
     return jax.nn.sigmoid(scores) if model.options.loss == "logistic" else scores
+
+
+def require(options, batch):
+    """Refuses labels that are no two classes, where the loss tells two apart."""
+    if options.loss in ("logistic", "hinge"):
+        losses.require_binary(batch["labels"], batch["weights"])

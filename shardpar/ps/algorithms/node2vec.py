@@ -48,7 +48,7 @@ class Node2VecOptions:
     WalkOptions(length=5, per_node=10, p=4.0, q=1.0, directed=False)
     """
 
-    length: Positive = 40
+    length: Annotated[int, Meta(ge=2)] = 40
     walks_per_node: Positive = 10
     p: Odds = 1.0
     q: Odds = 1.0

@@ -43,6 +43,20 @@ def require_fields(fields: int, slots: int) -> None:
         )
 
 
+def require_dense(dense, batch):
+    """Refuses data with another number of dense columns than the model was made for.
+
+    Raises:
+      ValueError: naming both.
+    """
+    there = batch["dense"].shape[1] if "dense" in batch else 0
+    if there != dense:
+        hint = f"write model.dense={there}"
+        if not there:
+            hint += ", or name the columns in data.numeric"
+        raise ValueError(f"model.dense is {dense}, but the data have {there} dense columns; {hint}")
+
+
 class WeightsAndNetwork(nnx.Module):
     """A weight and factors for each id, and a network over the factors of all fields.
 
@@ -62,6 +76,7 @@ class WeightsAndNetwork(nnx.Module):
     def parts(self, batch):
         """Each feature's row times its value [batch, fields, 1 + factors]; the deep score."""
         require_fields(self.options.fields, batch["ids"].shape[1])
+        require_dense(self.options.dense, batch)
         scaled = self.features(batch["ids"], batch["values"])
         flat = scaled[..., 1:].reshape(scaled.shape[0], -1)
         if self.options.dense:

@@ -50,3 +50,8 @@ def loss(model, batch):
 def predict(model, batch):
     """Probabilities [batch, classes]."""
     return jax.nn.softmax(model(batch), axis=-1)
+
+
+def require(options, batch):
+    """Refuses labels that are no class."""
+    losses.require_classes(batch["labels"], batch["weights"], options.classes)

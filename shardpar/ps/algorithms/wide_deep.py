@@ -26,7 +26,7 @@ class WideDeepOptions:
     fields: Annotated[int, Meta(ge=1)] = 39
     dense: Annotated[int, Meta(ge=0)] = 0
     factors: Annotated[int, Meta(ge=1)] = 16
-    hidden: tuple[int, ...] = (64, 32)
+    hidden: tuple[Annotated[int, Meta(ge=1)], ...] = (64, 32)
     dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     init_std: Annotated[float, Meta(gt=0.0)] = 0.01
 
@@ -53,3 +53,8 @@ def loss(model, batch):
 def predict(model, batch):
     """Probabilities [batch]."""
     return jax.nn.sigmoid(model(batch))
+
+
+def require(_options, batch):
+    """Refuses labels that are no clicks."""
+    losses.require_binary(batch["labels"], batch["weights"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -66,9 +67,11 @@ class BadLines:
                 f"{self.first[0]} (repair the line, or write data.bad_share=0.01 to leave out up "
                 "to 1% of the lines)"
             )
+        enough = math.ceil(1e4 * self.count / max(self.seen, least)) / 1e4
         raise DataError(
             f"{self.count} of {self.seen} lines cannot be read, and data.bad_share={self.share:g} "
-            f"allows fewer; the first are:\n  " + "\n  ".join(self.first)
+            f"allows fewer; repair them, or write data.bad_share={enough:g}; the first are:\n  "
+            + "\n  ".join(self.first)
         )
 
     def report(self) -> str:

@@ -44,8 +44,8 @@ class SparseDataOptions:
         their own.
       binary_labels: whether labels above 0 become 1, and others 0.
       bad_share: share of lines that may be unreadable. They are left out, counted and
-        reported; one more is an error. 0 stops at the first. Up to 10 000 lines, the share is
-        taken of 10 000.
+        reported; one more is an error. 0 stops at the first. Within a pass it is taken of at
+        least 10 000 lines, at its end of those there are.
       shuffle: how many samples are held to be shuffled; 0 keeps the order of the file. The
         parts that are read into it come in random order, too, unless they are compressed.
       seed: of the order, and of the generated click log.
