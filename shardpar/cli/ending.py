@@ -25,6 +25,12 @@ def ending(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         _say("interrupted")
         return 130
+    if (lost := _lost_peer(error)) is not None:
+        _say(
+            f"error: another process of this run has ended or cannot be reached ({lost}); see what "
+            "it said, and start all of them again: the run goes on from its newest checkpoint"
+        )
+        return 1
     if isinstance(error, BrokenPipeError):
         # The reader of a pipe (head, less) has gone; there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -36,6 +42,15 @@ def ending(error: BaseException) -> int:
     first = (str(error).splitlines() or [""])[0]
     _say(f"error: {type(error).__name__}: {first}\n  the traceback is in {file.name}")
     return 1
+
+
+def _lost_peer(error: BaseException) -> str | None:
+    """What XLA says where a collective of several processes has lost one; None for other errors."""
+    first = (str(error).splitlines() or [""])[0]
+    gone = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "Read error")
+    if type(error).__name__ != "JaxRuntimeError" or "Gloo" not in first:
+        return None
+    return next((words for words in gone if words in first), None)
 
 
 def _say(message: str) -> None:

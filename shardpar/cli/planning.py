@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from shardpar.cli.tables import (
     graph_table,
     plan_table,
     print_json,
+    programs_table,
     shardings_view,
 )
 from shardpar.cli.verifying import Attempt, verify_table
@@ -39,6 +40,7 @@ from shardpar.lowering.devices import (
 )
 from shardpar.lowering.lower import AnyProgram
 from shardpar.lowering.lower import lower as lower_plan
+from shardpar.lowering.pipelined import PipelinedProgram
 from shardpar.lowering.target import Target, prepare_environment, single, target_of
 from shardpar.planner.cost import PlanCost, plan_cost
 from shardpar.planner.search import SearchResult, memory_limit
@@ -341,8 +343,10 @@ def explain(
         else:
             screen.print(graph_table(captured.graph))
         return
-    planned = make_plan(config, captured, cluster, one_stage=stop_after == "program")
+    planned = make_plan(config, captured, cluster)
     if shardings:
+        if json:
+            raise UserError("--shardings draws pictures, for people; drop --json")
         screen.print(shardings_view(planned.plan, captured.graph))
         return
     if stop_after == "plan":
@@ -358,7 +362,14 @@ def explain(
         )
     program = lower(config, planned)
     with Progress() as progress, progress.phase("compiling the step"):
-        compiled = program.compiled_step
+        if isinstance(program, PipelinedProgram):
+            parts = program.compiled_parts
+        else:
+            parts = {"step": program.compiled_step}
+    if len(parts) > 1:
+        _explain_parts(parts, planned, json=json)
+        return
+    (compiled,) = parts.values()
     found = collectives(compiled.as_text())
     memory = compiled.memory_analysis()
     total = memory.argument_size_in_bytes + memory.temp_size_in_bytes
@@ -382,6 +393,36 @@ def explain(
         f"(state and batch {memory.argument_size_in_bytes / 2**30:.3f}, "
         f"scratch {memory.temp_size_in_bytes / 2**30:.3f}); "
         f"the plan predicted {planned.cost.peak_bytes / 2**30:.3f} GiB",
+        highlight=False,
+    )
+
+
+def _explain_parts(parts: Mapping[str, Any], planned: Planned, *, json: bool) -> None:
+    """The programs of a step that has several: of each stage, and of each update."""
+    found = {name: collectives(compiled.as_text()) for name, compiled in parts.items()}
+    memory = {name: compiled.memory_analysis() for name, compiled in parts.items()}
+    if json:
+        programs = [
+            {
+                "name": name,
+                "collectives": [vars(c) for c in found[name]],
+                "argument_bytes": memory[name].argument_size_in_bytes,
+                "temp_bytes": memory[name].temp_size_in_bytes,
+            }
+            for name in parts
+        ]
+        print_json({"programs": programs, "predicted_bytes": int(planned.cost.peak_bytes)})
+        return
+    screen = console()
+    for name, each in found.items():
+        if each:
+            rows = ((c.kind, c.group_size, c.count, c.num_bytes) for c in each)
+            screen.print(collectives_table(rows, f"collectives in {name}, per device and run"))
+    screen.print(programs_table((n, m.argument_size_in_bytes, m.temp_size_in_bytes)
+                                for n, m in memory.items()))  # fmt: skip
+    screen.print(
+        "stages send each other activations and gradients outside of these programs; the plan "
+        f"predicted {planned.cost.peak_bytes / 2**30:.3f} GiB for the fullest device",
         highlight=False,
     )
 

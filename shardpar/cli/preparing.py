@@ -25,6 +25,7 @@ from shardpar.config.schema import RunConfig
 from shardpar.errors import ConfigError, PlanError, ShardparError
 from shardpar.lowering.devices import local_cluster
 from shardpar.lowering.switch import Programs
+from shardpar.planner.options import PINS
 from shardpar.run.directory import RunDirectory
 from shardpar.run.peers import ALONE, Peers
 from shardpar.run.progress import Progress
@@ -41,7 +42,7 @@ from shardpar.train.stepping import InBuckets, OneLength, Start
 MODEL = "model.py"
 """The model's source, kept to see whether it was changed between two sessions."""
 
-_PINS = ("file", "data", "fsdp", "tensor", "sequence_parallel", "recompute", "microbatch")
+_PINS = ("file", *PINS)
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,10 @@ def resumed_config(
     if plan or changed or any(text.startswith("plan.") for text in given):
         # Other devices or another plan: what the run pinned before does not bind it now.
         pins = (*_PINS, "cluster") if changed else _PINS
-        given = [*(f"plan.{pin}=null" for pin in pins), *given]
+        free = [f"plan.{pin}=null" for pin in pins]
+        if load(str(directory.config_yaml), find_files=False).plan.schedule == "single_jit":
+            free.append("plan.schedule=fastest")
+        given = [*free, *given]
     config, _ = read_config(
         [str(directory.config_yaml), *given],
         {"train.run_dir": str(directory.path), "plan.file": plan},

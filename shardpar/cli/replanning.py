@@ -50,9 +50,10 @@ def replan_run(
         )
     captured = capture_aloud(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
+    options = config.plan.without_pins() if lost else replace(config.plan, file=None)
     work = compilation.workload(captured, optimizer, config.program, config.train.global_batch)
     decision = replan(
-        captured.graph, machines, work, replace(config.plan, file=None), plan, speeds=speeds,
+        captured.graph, machines, work, options, plan, speeds=speeds,
         devices=set(range(machines.num_devices)) - set(lost), costs=config.replan,
     )  # fmt: skip
     if json:

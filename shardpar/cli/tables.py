@@ -15,14 +15,13 @@ from rich.text import Text
 
 from shardpar.config.save import to_yaml
 from shardpar.config.schema import RunConfig
-from shardpar.errors import PlanError
 from shardpar.lowering.collectives import Collective
 from shardpar.planner.cost import PlanCost
 from shardpar.planner.strategies import describe
 from shardpar.spec.graph import LayerGraph, Parameter
 from shardpar.spec.mesh import GroupLayout
 from shardpar.spec.parameters import FSDP_MIN_SIZE, parameter_layout
-from shardpar.spec.plan import LayerStrategy, Plan
+from shardpar.spec.plan import LayerStrategy, Plan, Stage
 from shardpar.spec.select import strategies, summarise
 
 GIB = 2**30
@@ -131,14 +130,19 @@ def plan_table(plan: Plan, graph: LayerGraph, cost: PlanCost | None, limit_bytes
 
 def shardings_view(plan: Plan, graph: LayerGraph) -> Group:
     """Every parameter's layout as a table, a picture of each distinct one, and what to look at."""
-    stage = plan.pipelines[0].stages[0]
+    stages = [
+        (f"parameter layouts of pipeline {p}, stage {s}", stage)
+        for p, pipeline in enumerate(plan.pipelines)
+        for s, stage in enumerate(pipeline.stages)
+    ]
+    if len(stages) == 1:
+        return _stage_view("parameter layouts", stages[0][1], plan, graph)
+    return Group(*(_stage_view(title, stage, plan, graph) for title, stage in stages))
+
+
+def _stage_view(title: str, stage: Stage, plan: Plan, graph: LayerGraph) -> Group:
     chosen = strategies(stage, graph)
-    if len(plan.pipelines) > 1 or len(plan.pipelines[0].stages) > 1:
-        raise PlanError(
-            "--shardings shows plans of one pipeline and one stage; this plan has "
-            f"{len(plan.pipelines)} pipelines with {[len(p.stages) for p in plan.pipelines]} stages"
-        )
-    table = Table(title="parameter layouts", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for name in ("parameters", "shape", "logical dims", "layout", "per device", "copies"):
         table.add_column(name, overflow="fold")
     pictures: dict[tuple[str, tuple[int, ...]], Table] = {}
@@ -225,9 +229,22 @@ def both_collectives_table(
     return table
 
 
-def collectives_table(rows: Iterable[tuple[str, int, int, int]]) -> Table:
+def programs_table(rows: Iterable[tuple[str, int, int]]) -> Table:
+    """(name, bytes of arguments, bytes of scratch) rows, per device."""
+    table = Table(title="memory of each program by XLA, per device", title_justify="left")
+    table.add_column("program")
+    for name in ("arguments", "scratch"):
+        table.add_column(name, justify="right")
+    for name, argument_bytes, temp_bytes in rows:
+        table.add_row(name, byte_text(argument_bytes), byte_text(temp_bytes))
+    return table
+
+
+def collectives_table(
+    rows: Iterable[tuple[str, int, int, int]], title: str = "collectives in one step, per device"
+) -> Table:
     """(kind, group size, runs per step, bytes per device) rows."""
-    table = Table(title="collectives in one step, per device", title_justify="left")
+    table = Table(title=title, title_justify="left")
     for name, justify in (
         ("kind", "left"),
         ("group", "right"),
@@ -250,7 +267,10 @@ def _alike(
     """Parameters of equal layers under one strategy, told once."""
     groups: dict[Any, tuple[list[str], Parameter, LayerStrategy]] = {}
     for name, layer, parameter in graph.parameters:
-        strategy = chosen[layer.name]
+        strategy = chosen.get(layer.name)
+        if strategy is None:
+            # Of another stage.
+            continue
         key = (layer.class_name, parameter.name, strategy)
         groups.setdefault(key, ([], parameter, strategy))[0].append(name)
     return list(groups.values())

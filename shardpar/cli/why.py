@@ -128,6 +128,8 @@ def verdict(best: tuple[Plan, PlanCost], other: tuple[Plan, PlanCost], limit_byt
     if over > 0:
         return f"yours does not fit: its fullest device is {over / GIB:.2f} GiB over the limit"
     slower = other[1].step_s / best[1].step_s - 1
+    if slower < -1e-9:
+        return f"yours is {-slower:.1%} faster than the plan found; train with it by --plan"
     if slower <= 1e-9:
         return "yours is as fast as the plan found"
     terms = [

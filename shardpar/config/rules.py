@@ -19,15 +19,12 @@ from shardpar.config.schema import (
     SparseConfig,
 )
 from shardpar.errors import ConfigError
+from shardpar.planner.options import PINS
 from shardpar.ps.consistency import consistency_from_text
 
 _BYTE_VOCABULARY = 256
 CLICK_ROWS = 1 << 20
 """Ids of `ps.data.clicks`, whose import takes longer than reading a config."""
-_PINS = (
-    "data", "fsdp", "tensor", "zero1", "sequence_parallel", "recompute", "context", "attention",
-    "microbatch", "stages", "pipelines", "fix",
-)  # fmt: skip
 _SUFFIXES = {"text": "txt", "jsonl": "jsonl", "parquet": "parquet"}
 
 
@@ -357,7 +354,7 @@ def _train_rules(config: RunConfig) -> Iterator[Conflict]:
 
 def _plan_rules(config: RunConfig) -> Iterator[Conflict]:
     plan = config.plan
-    pinned = tuple(f"plan.{name}" for name in _PINS if getattr(plan, name) is not None)
+    pinned = tuple(f"plan.{name}" for name in PINS if getattr(plan, name) is not None)
     if plan.file is not None and pinned:
         yield Conflict(
             (*pinned, "plan.file"),

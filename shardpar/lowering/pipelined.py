@@ -386,6 +386,25 @@ class PipelinedProgram:
             for done in [pool.submit(job) for job in jobs]:
                 done.result()
 
+    @property
+    def compiled_parts(self) -> dict[str, Any]:
+        """Every compiled program of a step by what it does, of this process's devices.
+
+        Forwards and backwards run once a micro-batch, updates once a step.
+        """
+        self.compile()
+        parts: dict[str, Any] = {}
+        for (pipeline, number), group in sorted(self._of_stage.items()):
+            if group.is_here:
+                stage, at = group.stages[number], f"pipeline {pipeline}, stage {number}"
+                parts[f"{at}: forward"] = stage.forward.compiled
+                parts[f"{at}: backward"] = stage.backward.compiled
+        for group in self.groups:
+            if group.is_here:
+                at = f"pipeline {group.pipeline}, group {group.number}"
+                parts[f"{at}: update"] = group.update.compiled
+        return parts
+
     def compile_gather(self) -> None:
         """Compiles what `gather` runs."""
         self.compile()

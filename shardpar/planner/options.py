@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
 from shardpar.errors import SpecError
 
 Degree = Annotated[int, Meta(ge=1)]
+
+
+PINS = (
+    "data", "fsdp", "tensor", "zero1", "sequence_parallel", "recompute", "context", "attention",
+    "microbatch", "stages", "pipelines", "zero", "fix",
+)  # fmt: skip
+"""Keys of `SearchOptions` that take a choice from the planner."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,17 @@ class SearchOptions:
     epsilon: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     rescore: Degree = 8
     interleave: bool = True
+
+    def without_pins(self) -> SearchOptions:
+        """The same search, free to choose again: for other devices than the pins were for.
+
+        >>> free = SearchOptions(tensor=2, file="plan.yaml", epsilon=0.1).without_pins()
+        >>> free == SearchOptions(epsilon=0.1)
+        True
+        """
+        schedule = "fastest" if self.schedule == "single_jit" else self.schedule
+        free: dict[str, Any] = dict.fromkeys(PINS)
+        return replace(self, file=None, schedule=schedule, **free)
 
 
 @dataclass(frozen=True)

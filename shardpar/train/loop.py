@@ -452,7 +452,7 @@ class _Loop:
                     clock.step_s,
                     mfu,
                     peak_bytes,
-                    clock.wait_s / clock.step_s if clock.step_s else None,
+                    min(1.0, clock.wait_s / clock.step_s) if clock.step_s else None,
                 )
             )
         return values["loss"], int(values["skipped"])

@@ -187,7 +187,7 @@ def answer(
         return Change(plan), after, "it was asked for"
     options = task.options
     if len(devices) < machines.cluster.num_devices:
-        options = SearchOptions(memory_fraction=options.memory_fraction, epsilon=options.epsilon)
+        options = options.without_pins()
     decision = replan(
         task.graph, machines.cluster, task.workload, replace(options, file=None), now,
         speeds=speeds, devices=devices, costs=task.costs,

@@ -112,6 +112,18 @@ def test_explain_prints_each_value_on_the_way(tmp_path):
     )  # fmt: skip
     kinds = {c["kind"] for c in json.loads(program.stdout)["collectives"]}
     assert "all-gather" in kinds
+    stages = shardpar(
+        "explain", GPT, *TINY, "--devices", "4", "plan.stages=2", "plan.tensor=2", "--stop-after",
+        "program", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    programs = {p["name"]: p for p in json.loads(stages.stdout)["programs"]}
+    assert sorted(programs) == [
+        "pipeline 0, group 0: update", "pipeline 0, group 1: update",
+        "pipeline 0, stage 0: backward", "pipeline 0, stage 0: forward",
+        "pipeline 0, stage 1: backward", "pipeline 0, stage 1: forward",
+    ]  # fmt: skip
+    kinds = {c["kind"] for c in programs["pipeline 0, stage 1: forward"]["collectives"]}
+    assert "all-reduce" in kinds
 
 
 def test_explain_draws_every_parameters_layout(tmp_path):
