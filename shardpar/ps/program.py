@@ -500,10 +500,11 @@ class SparseProgram:
     def _require_divisible(self, batch: Mapping[str, Any]) -> None:
         for name, value in batch.items():
             if value.shape[0] % len(self.devices):
+                fits = max(1, round(value.shape[0] / len(self.devices))) * len(self.devices)
                 raise PlanError(
                     f"batch[{name!r}] has {value.shape[0]} samples, which {len(self.devices)} "
-                    "devices do not share evenly; change the batch size, or fill the last "
-                    "batch with samples of weight 0"
+                    f"devices do not share evenly; change the batch size (train.global_batch="
+                    f"{fits}), or fill the last batch with samples of weight 0"
                 )
 
 
