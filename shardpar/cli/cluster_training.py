@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as json_format
 import sys
 import time
 from contextlib import ExitStack
@@ -17,7 +18,6 @@ from shardpar.cli.sparse_training import (
     first_batches,
     naming_what_does_not_fit,
     require_same_run,
-    total_steps,
 )
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import SparseConfig
@@ -26,7 +26,10 @@ from shardpar.ps.cache import CacheOptions
 from shardpar.ps.cluster import Cluster, ClusterOptions
 from shardpar.ps.cluster_loop import ClusterLoop
 from shardpar.ps.consistency import consistency_from_text
+from shardpar.ps.data.batches import train_batches
 from shardpar.ps.data.open import open_parts
+from shardpar.ps.data.options import SparseDataOptions
+from shardpar.ps.data.source import Source
 from shardpar.ps.options import ServerOptions
 from shardpar.ps.rules import dense_optimizer
 from shardpar.ps.worker_data import WorkerData, steps_in
@@ -35,6 +38,7 @@ from shardpar.run.metrics import MetricsLog
 from shardpar.run.progress import Progress
 
 _SERVERS = "servers"
+_DATA = "data.json"
 
 
 def train(
@@ -56,10 +60,9 @@ def train(
         model.require(first)
         batch = {name: x[:size] for name, x in first.items()}
         with progress.phase("counting the samples"):
-            steps = total_steps(config, data) if data.format == "clicks" else None
-            if steps is None:
-                steps = steps_in(data, config.train.global_batch) * config.train.epochs
-                steps = min(steps, config.train.steps or steps)
+            per_epoch = steps_in(data, config.train.global_batch)
+        steps = per_epoch * config.train.epochs
+        steps = min(steps, config.train.steps or steps)
         progress.say(
             f"{steps} steps of {ps.workers} workers with {size} samples each, {ps.servers} "
             f"servers, {consistency_from_text(ps.consistency).text()}"
@@ -69,6 +72,7 @@ def train(
             return
         directory = RunDirectory(Path(path)) if path else RunDirectory.fresh(name, datetime.now())
         directory.make()
+        texts = {_DATA: _same_data(directory, parts[0], data, config.train.global_batch)}
         config = replace(config, train=replace(config.train, run_dir=str(directory.path)))
         with (
             progress.phase("starting servers and workers"),
@@ -77,7 +81,9 @@ def train(
             cluster = stack.enter_context(
                 Cluster(
                     model.loss, model.init, dense_optimizer(config.optimizer), batch,
-                    WorkerData(data, config.train.global_batch, ps.workers, model.require),
+                    WorkerData(
+                        data, config.train.global_batch, ps.workers, per_epoch, model.require
+                    ),
                     _cluster_options(ps, directory.path / _SERVERS), config.train.seed,
                 )
             )  # fmt: skip
@@ -88,7 +94,8 @@ def train(
                 stdout=sys.stdout if json else None,
             )
         )
-        directory.write({"config.yaml": to_yaml(config), "config.gin": to_gin(config)})
+        texts |= {"config.yaml": to_yaml(config), "config.gin": to_gin(config)}
+        directory.write(texts)
         progress.say(f"run directory: {directory.path}")
         # Ray sets its own handler of SIGTERM when it starts.
         signals = stack.enter_context(asked_by_signal())
@@ -105,6 +112,21 @@ def train(
         )
         outcome = loop.run(steps)
     conclude(config, name, directory, outcome, started, json=json)
+
+
+def _same_data(
+    directory: RunDirectory, source: Source, data: SparseDataOptions, global_batch: int
+) -> str:
+    """Where the data begin, as text; servers know of steps only, not of what was in them.
+
+    Raises:
+      DataError: the run began with other data.
+    """
+    batches = train_batches(source, data, global_batch)
+    path = directory.path / _DATA
+    if path.is_file():
+        batches.restore(json_format.loads(path.read_text()))
+    return json_format.dumps(batches.position)
 
 
 def _cluster_options(ps: ServerOptions, directory: Path) -> ClusterOptions:

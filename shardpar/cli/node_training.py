@@ -56,7 +56,7 @@ def train(
     _require_same_run(config)
     module = load_model_source(find_model(config.model.source))
     options = build_options(module, config.model)
-    with asked_by_signal() as signals, Progress() as progress, ExitStack() as stack:
+    with Progress() as progress, ExitStack() as stack:
         with progress.phase("reading the graph"):
             found = _read(config.data, progress)
             graph = found.graph
@@ -82,11 +82,12 @@ def train(
         checkpoints = stack.enter_context(
             Checkpoints(directory.checkpoints, config.checkpoint, notify=progress.say)
         )
-        keeper = Checkpointing(
-            checkpoints, config.checkpoint, {"the graph": split.digest}, signals.should_stop
-        )
+        keeper = Checkpointing(checkpoints, config.checkpoint, {"the graph": split.digest})
         kept: dict[str, Any] = {"keeper": keeper}
-        if "keeper" not in signature(module.fit).parameters:
+        if "keeper" in signature(module.fit).parameters:
+            # Whoever cannot save is ended at once.
+            keeper.should_stop = stack.enter_context(asked_by_signal()).should_stop
+        else:
             kept = {}
             progress.say(f"{config.model.source} takes no `keeper`, so there are no checkpoints")
         metrics.truncate_after(keeper.step)
@@ -141,6 +142,11 @@ def _require_same_run(config: NodesConfig) -> None:
         return
     directory = RunDirectory(Path(path))
     then = load_any(str(directory.config_yaml), find_files=False)
+    if not isinstance(then, NodesConfig):
+        raise ConfigError(
+            f"{path} holds a run of another kind, of model.source={then.model.source}; write "
+            "another train.run_dir"
+        )
     require_same(directory, _fixed(then), _fixed(config))
 
 

@@ -25,7 +25,7 @@ from shardpar.config.load import load_any
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import SparseConfig
 from shardpar.config.tables_model import TablesModel
-from shardpar.errors import DataError, RunError
+from shardpar.errors import ConfigError, DataError, RunError
 from shardpar.lowering.devices import local_cluster
 from shardpar.ps.cluster_loop import ClusterOutcome
 from shardpar.ps.data.batches import eval_batches
@@ -243,6 +243,11 @@ def require_same_run(config: SparseConfig) -> None:
         return
     directory = RunDirectory(Path(path))
     then = load_any(str(directory.config_yaml), find_files=False)
+    if not isinstance(then, SparseConfig):
+        raise ConfigError(
+            f"{path} holds a run of another kind, of model.source={then.model.source}; write "
+            "another train.run_dir"
+        )
     now_, then_ = _fixed(config), _fixed(then)
     require_same(directory, then_, now_)
 

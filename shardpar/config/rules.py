@@ -172,6 +172,12 @@ def _server_rules(config: SparseConfig) -> Iterator[Conflict]:
     except ConfigError as error:
         yield Conflict(("ps.consistency",), f"ps.consistency: {error}")
         return
+    if ps.push_bound and bound.lockstep:
+        yield Conflict(
+            ("ps.push_bound", "ps.consistency"),
+            "ps.push_bound lets updates wait, and in 'bsp' those of a step are applied together; "
+            "write ps.consistency='ssp(4)', or ps.push_bound=0",
+        )
     if ps.delay_scaled and bound.lockstep:
         yield Conflict(
             ("ps.delay_scaled", "ps.consistency"),

@@ -90,6 +90,11 @@ class ClusterOptions:
             )
         if self.delay_scaled and self.consistency.lockstep:
             raise ConfigError("in lockstep no update is late; leave delay_scaled out, or use SSP")
+        if self.consistency.lockstep and self.cache is not None and self.cache.push_bound:
+            raise ConfigError(
+                "in lockstep all updates of a step are applied together, so none can wait; use "
+                "push_bound=0, or SSP"
+            )
         if self.delay_scaled and self.cache is not None and self.cache.push_bound:
             raise ConfigError(
                 "updates that wait in a cache are in the worker's copies in full, so servers "

@@ -18,7 +18,15 @@ from shardpar.ps.data.batch import SparseBatch
 from shardpar.ps.data.batches import eval_batches
 from shardpar.ps.data.options import SparseDataOptions
 from shardpar.ps.data.source import Source
-from shardpar.ps.loop import Predict, Require, Seen, arrays_of, evaluated, tell_scores
+from shardpar.ps.loop import (
+    Predict,
+    Require,
+    Seen,
+    arrays_of,
+    evaluated,
+    nothing_required,
+    tell_scores,
+)
 from shardpar.ps.options import SparseTrainOptions
 from shardpar.run.metrics import MetricsLog
 from shardpar.run.progress import Figures, Progress
@@ -66,9 +74,10 @@ class ClusterLoop:
     metrics: MetricsLog
     progress: Progress
     should_stop: Callable[[], bool]
-    require: Require = lambda _: None
+    require: Require = nothing_required
     _told: int = field(default=0, init=False)
     _told_s: float = field(default=-math.inf, init=False)
+    _timed_s: float | None = field(default=None, init=False)
     _loss: float | None = field(default=None, init=False)
     _step_s: float | None = field(default=None, init=False)
 
@@ -86,7 +95,8 @@ class ClusterLoop:
                 f"nothing is left to train after step {step}; raise train.epochs or train.steps to "
                 "go on"
             )
-            return ClusterOutcome(step, None, {}, stopped=False)
+            scores = {} if self.metrics.has(step, "eval_loss") else self._evaluate(step)
+            return ClusterOutcome(step, None, scores, stopped=False)
         if step:
             self.progress.say(f"going on from step {step}")
         every = self.options.eval_every or steps
@@ -113,13 +123,13 @@ class ClusterLoop:
 
     def _tell(self, of: int) -> None:
         """Writes down the losses that are new."""
-        before_s, self._told_s = self._told_s, time.monotonic()
+        self._told_s = time.monotonic()
         losses = self.cluster.losses(self._told)
         if not losses:
             return
         done = max(losses) + 1
-        known = math.isfinite(before_s)
-        self._step_s = (self._told_s - before_s) / (done - self._told) if known else None
+        since_s, self._timed_s = self._timed_s, self._told_s
+        self._step_s = None if since_s is None else (self._told_s - since_s) / (done - self._told)
         rate = self._step_s and round(self.options.global_batch / self._step_s, 1)
         for step, loss in losses.items():
             row = {"loss": loss} | ({"samples_per_s": rate} if rate else {})
@@ -163,4 +173,6 @@ class ClusterLoop:
         with self.progress.phase("evaluating"):
             scores = evaluated(eval_batches(self.evaluation, self.data, size), seen)
         tell_scores(self.metrics, self.progress, step, scores)
+        # What evaluating took is no part of the next steps.
+        self._timed_s = None
         return scores

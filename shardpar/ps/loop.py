@@ -41,6 +41,10 @@ Seen = tuple[np.ndarray, float, float]
 Require = Callable[[Mapping[str, np.ndarray]], None]
 
 
+def nothing_required(_: Mapping[str, np.ndarray]) -> None:
+    """Of a batch."""
+
+
 @dataclass(frozen=True)
 class SparseOutcome:
     """How a run ended.
@@ -82,7 +86,7 @@ class SparseSurroundings:
     should_stop: Callable[[], bool]
     total_steps: int | None
     ids: IdMap | None = None
-    require: Require = lambda _: None
+    require: Require = nothing_required
 
 
 def arrays_of(batch: SparseBatch, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
@@ -240,7 +244,8 @@ class _Loop:
                 f"nothing is left to train after step {step}; raise train.epochs or train.steps to "
                 "go on"
             )
-        elif not stopped and evaluated != step:
+        known = position is None and around.metrics.has(step, "eval_loss")
+        if not stopped and evaluated != step and not known:
             scores = self._evaluate(state, step)
         return SparseOutcome(state, step, loss, scores, stopped)
 

@@ -45,7 +45,7 @@ def require_classes(labels: np.ndarray, weights: np.ndarray, classes: int) -> No
     >>> require_classes(np.array([0.0, 2.0]), np.ones(2), classes=3)
     """
     counted = labels[weights > 0]
-    bad = counted[~((counted >= 0) & (counted == np.floor(counted)))]
+    bad = counted[~(np.isfinite(counted) & (counted >= 0) & (counted == np.floor(counted)))]
     if bad.size:
         raise ValueError(
             f"a label is {bad[0]:g}, and classes are whole numbers from 0 on; number them so in "

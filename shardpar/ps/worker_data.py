@@ -14,7 +14,7 @@ import numpy as np
 from shardpar.ps.data.batches import Process, SparseBatches, train_batches
 from shardpar.ps.data.open import open_parts
 from shardpar.ps.data.options import SparseDataOptions
-from shardpar.ps.loop import Require, arrays_of
+from shardpar.ps.loop import Require, arrays_of, nothing_required
 
 
 @dataclass
@@ -25,15 +25,18 @@ class WorkerData:
       options: of the data.
       global_batch: samples per step over all workers, who share it evenly.
       workers: how many.
+      per_epoch: batches of an epoch, as `steps_in` counts them.
       require: looks at the arrays of every batch, and raises what is wrong with them.
 
-    Example: `WorkerData(options, 4096, workers=2)(worker=1, step=0)["ids"]` has 2048 rows.
+    Example: `WorkerData(options, 4096, workers=2, per_epoch=steps_in(options, 4096))` gives
+    worker 1's 2048 samples of step 0 as `data(1, 0)`.
     """
 
     options: SparseDataOptions
     global_batch: int
     workers: int
-    require: Require = lambda _: None
+    per_epoch: int
+    require: Require = nothing_required
     _open: dict[int, tuple[int, SparseBatches]] = field(default_factory=dict, repr=False)
 
     def __call__(self, worker: int, step: int) -> dict[str, np.ndarray]:
@@ -46,10 +49,15 @@ class WorkerData:
         if batches is None or step < due:
             share = Process(worker, self.workers)
             source, _ = open_parts(self.options)
-            due, batches = 0, train_batches(source, self.options, self.global_batch, process=share)
+            batches = train_batches(source, self.options, self.global_batch, process=share)
+            epoch = step // self.per_epoch
+            batches.restore({**batches.position, "epoch": epoch})
+            due = epoch * self.per_epoch
         batches.skip(step - due)
         self._open[worker] = (step + 1, batches)
         arrays = arrays_of(next(batches))
+        if (step + 1) % self.per_epoch == 0:
+            batches.end()
         self.require(arrays)
         return arrays
 

@@ -113,6 +113,10 @@ class MetricsLog:
         # TensorBoard hides what it was told before about this step and later ones.
         self._purge_step = step + 1
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a row of a step has a value of this name already."""
+        return any(row["step"] == step and name in row for row in read_metrics(self._path))
+
     def close(self) -> None:
         """Closes the files; doing so twice is harmless."""
         self._file.close()
@@ -174,6 +178,10 @@ class Unwritten:
 
     def truncate_after(self, step: int) -> None:
         """Does nothing."""
+
+    def has(self, step: int, name: str) -> bool:
+        """Knows of nothing."""
+        return False
 
 
 def read_metrics(path: Path) -> list[Row]:

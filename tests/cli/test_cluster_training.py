@@ -15,7 +15,8 @@ from shardpar.ps.data.clicks import ClickLog
 from tests.cli.command import LONG, ROOT, rows, shardpar
 
 FM = str(ROOT / "configs" / "fm.gin")
-SIZES = ("model.factors=2", "train.global_batch=100", "train.epochs=2")
+SIZES = ("model.factors=2", "train.global_batch=100", "train.epochs=20")
+STEPS = 200
 SERVED = ("ps.servers=2", "ps.workers=2")
 
 
@@ -50,25 +51,31 @@ def test_servers_and_workers_train_as_one_process_does_through_a_stop(tmp_path, 
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
         until_s = time.monotonic() + 120
-        while "step" not in (line := process.stderr.readline()) or "/20" not in line:
+        while f"/{STEPS}" not in (line := process.stderr.readline()):
             assert line, "it ended before its first step"
             assert time.monotonic() < until_s
         process.send_signal(signal.SIGINT)
         said = process.stderr.read()
         assert process.wait(60) == 0, said
-    assert "--resume served" in said or "done in" in said
+    assert "--resume served" in said
+    assert 0 < len(metrics(tmp_path / "served" / "metrics.jsonl")) < STEPS
+    data = (tmp_path / "clicks.ffm").read_text()
+    (tmp_path / "other.ffm").write_text(data.replace(":1\n", ":2\n", 1))
+    done = shardpar("train", "--resume", "served", "data.path=other.ffm", cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "the data is not what the run began with" in done.stderr
     done = shardpar("train", "--resume", "served", "--json", cwd=tmp_path)
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["step"] == 20
+    assert last["step"] == STEPS
     assert "Traceback" not in done.stderr
     whole, served = (metrics(tmp_path / run / "metrics.jsonl") for run in ("whole", "served"))
-    assert sorted(whole) == sorted(served) == list(range(1, 21))
+    assert sorted(whole) == sorted(served) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(
         [served[step]["loss"] for step in served], [whole[step]["loss"] for step in served],
-        rtol=1e-5,
+        rtol=1e-3,
     )  # fmt: skip
     for score in ("auc", "logloss", "eval_loss"):
-        assert last[score] == pytest.approx(whole[20][score], abs=1e-4)
+        assert last[score] == pytest.approx(whole[STEPS][score], abs=1e-3)
     assert (tmp_path / "served" / "report.html").is_file()
     # Another number of workers would give each other batches.
     done = shardpar("train", "--resume", "served", "ps.workers=4", cwd=tmp_path, check=False)
@@ -99,6 +106,10 @@ def test_a_line_that_a_worker_cannot_read_is_named(tmp_path, data):
         (
             (*SERVED, "ps.cache_rows=9", "ps.push_bound=1", "table.optimizer=adam"),
             "which 'adam' does not allow",
+        ),
+        (
+            (*SERVED, "ps.cache_rows=9", "ps.push_bound=1"),
+            "write ps.consistency='ssp(4)', or ps.push_bound=0",
         ),
         ((*SERVED, "ps.pull_bound=5"), "write ps.cache_rows="),
         ((*SERVED, "table.ids=mapped"), "write data.hashed=true and table.ids=rows"),

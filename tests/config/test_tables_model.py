@@ -40,13 +40,15 @@ def test_classes_are_whole_numbers_below_their_count():
     classes.require(labelled(0, 1, 2))
     with pytest.raises(DataError, match=r"write model\.classes=4"):
         classes.require(labelled(0, 1, 3))
-    for bad in (-1, 0.5):
+    for bad in (-1, 0.5, np.inf, np.nan):
         with pytest.raises(DataError, match="classes are whole numbers"):
             classes.require(labelled(0, 1, bad))
 
 
 def test_fields_beyond_the_model_are_refused():
     fields = model("ffm", fields=4)
-    fields.require(labelled(0, 1, 1, fields=np.array([[0, 3]])))
+    fields.require(labelled(0, 1, 1, fields=np.array([[0, 3]]), values=np.ones((1, 2))))
     with pytest.raises(DataError, match=r"write model\.fields=5"):
-        fields.require(labelled(0, 1, 1, fields=np.array([[0, 4]])))
+        fields.require(labelled(0, 1, 1, fields=np.array([[0, 4]]), values=np.ones((1, 2))))
+    # A slot of value 0 has no feature.
+    fields.require(labelled(0, 1, 1, fields=np.array([[0, 4]]), values=np.array([[1.0, 0.0]])))

@@ -109,7 +109,9 @@ def good_for_five_steps(worker, step):
 
 
 def test_what_keeps_a_worker_from_starting_is_raised_and_not_tried_again(tmp_path):
-    waiting = ClusterOptions(tmp_path, servers=1, workers=1, cache=CacheOptions(20, push_bound=2))
+    waiting = ClusterOptions(
+        tmp_path, servers=1, workers=1, consistency=SSP(2), cache=CacheOptions(20, push_bound=2)
+    )
     with (
         Cluster(
             loss, Clicks, OPTIMIZER, batch=batch_of(0, 0), data=batch_of, options=waiting

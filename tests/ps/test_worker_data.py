@@ -36,16 +36,16 @@ def require_equal(found, expected):
 
 
 def test_the_shares_of_all_workers_are_the_global_batch(options):
-    data = [WorkerData(options, 8, workers=2) for _ in range(2)]
+    data = [WorkerData(options, 8, workers=2, per_epoch=7) for _ in range(2)]
     for step, expected in enumerate(global_batches(options, 8, epochs=2)):
         parts = [data[worker](worker, step) for worker in range(2)]
         joined = {name: np.concatenate([part[name] for part in parts]) for name in expected}
         require_equal(joined, expected)
 
 
-@pytest.mark.parametrize("step", [0, 3, 6, 9])
+@pytest.mark.parametrize("step", [0, 3, 6, 7, 9])
 def test_a_worker_that_starts_anew_finds_the_batch_it_had(options, step):
-    data = WorkerData(options, 8, workers=2)
+    data = WorkerData(options, 8, workers=2, per_epoch=7)
     seen = [data(1, at) for at in range(10)]
     require_equal(data(1, step), seen[step])
     require_equal(pickle.loads(pickle.dumps(data))(1, step), seen[step])
@@ -66,3 +66,22 @@ def test_a_skipped_line_is_not_parsed_and_the_next_is_named(tmp_path):
     with pytest.raises(DataError, match=r"bad\.ffm:4"):
         next(batches)
     assert batches.skip() == 0
+
+
+@pytest.mark.parametrize("first", [0, 47])
+@pytest.mark.parametrize(("bad", "fails"), [(1, False), (4, True)])
+def test_the_share_of_bad_lines_is_taken_of_epochs_that_were_seen_whole(
+    tmp_path, first, bad, fails
+):
+    path = tmp_path / "some.ffm"
+    lines = [f"1 0:{i}:1\n" for i in range(50 - bad)] + ["1 nonsense\n"] * bad
+    path.write_text("".join(lines))
+    options = SparseDataOptions(path=str(path), format="libffm", shuffle=0, bad_share=0.05)
+    data = WorkerData(options, 1, workers=1, per_epoch=50)
+    for step in range(first, 49):
+        data(0, step)
+    if fails and first == 0:
+        with pytest.raises(DataError, match="4 of 50 lines cannot be read"):
+            data(0, 49)
+    else:
+        data(0, 49)

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from msgspec import Meta
 
@@ -71,7 +72,8 @@ def predict(model, batch):
 def require(options, batch):
     """Refuses labels that are no clicks, and fields that the model has no factors for."""
     losses.require_binary(batch["labels"], batch["weights"])
-    most = int(batch["fields"].max(initial=0)) if "fields" in batch else 0
+    seen = batch["fields"][batch["values"] != 0] if "fields" in batch else np.zeros(0, int)
+    most = int(seen.max(initial=0))
     if most >= options.fields:
         raise ValueError(
             f"a feature is of field {most}, but model.fields is {options.fields}; write "

@@ -87,6 +87,7 @@ class Keeper:
         seed: int,
         part: int,
         steps: int,
+        batch_size: int,
     ) -> tuple[tuple[TableState, ...], Place]:
         """The tables that a part begins with, and where it is then."""
         return program.init(seed), Place(part)
@@ -126,7 +127,7 @@ class Checkpointing(Keeper):
     _saved: int = field(default=0, init=False)
     _saved_s: float = field(default_factory=time.monotonic, init=False)
     _before: int = field(default=0, init=False)
-    _steps: int = field(default=0, init=False)
+    _stream: list[int] = field(default_factory=list, init=False)
     _stops: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -166,13 +167,13 @@ class Checkpointing(Keeper):
 
     @override
     def begin(
-        self, program: LearntTables, seed: int, part: int, steps: int
+        self, program: LearntTables, seed: int, part: int, steps: int, batch_size: int
     ) -> tuple[tuple[TableState, ...], Place]:
-        self._before, self._steps = part * steps, steps
+        self._before, self._stream = part * steps, [steps, batch_size]
         told = self._told
         if told is None or told["place"]["part"] != part:
             return program.init(seed), Place(part)
-        if told["steps"] != steps:
+        if told["stream"] != self._stream:
             raise ConfigError(
                 f"the run began on {told['devices']} devices, whose batches are not those of "
                 f"{len(program.devices)}; write --devices {told['devices']}"
@@ -214,7 +215,7 @@ class Checkpointing(Keeper):
         told = {
             "identity": self.identity,
             "place": asdict(at),
-            "steps": self._steps,
+            "stream": self._stream,
             "devices": len(program.devices),
             "finished": [list(vectors.shape) for vectors, _ in self._finished],
             "finished_losses": [loss for _, loss in self._finished],

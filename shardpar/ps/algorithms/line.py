@@ -165,8 +165,11 @@ def fit(
             progress(before + done, of, loss)
 
         random = np.random.default_rng((seed, 4, orders.index(order)))
-        stream = _batches(options, nodes, edges, _blocks(options, nodes, devices), steps, random)
-        states, (loss,) = trained(program, seed, [stream], steps, seen, keeper, part)
+        blocks = _blocks(options, nodes, devices)
+        stream = _batches(options, nodes, edges, blocks, steps, random)
+        states, (loss,) = trained(
+            program, seed, [stream], steps, seen, keeper, part, batch_size=blocks * options.block
+        )
         vectors = program.tables[0].whole(states[0])[0]
         if len(orders) == 2:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)

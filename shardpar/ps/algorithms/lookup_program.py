@@ -231,6 +231,7 @@ def trained(
     progress: Progress,
     keeper: Keeper = NOTHING,
     part: int = 0,
+    batch_size: int = 0,
 ) -> tuple[tuple[TableState, ...], tuple[float, ...]]:
     """Runs a program over the batches of each pass.
 
@@ -242,6 +243,7 @@ def trained(
       progress: called every hundred steps, and after each pass.
       keeper: where it begins, and what becomes of its state now and then.
       part: which of an algorithm's programs this is, counted from 0.
+      batch_size: of a step, whose streams of batches differ by it.
 
     Returns:
       The tables, and the mean loss of each pass; NaN where nothing was weighed.
@@ -249,7 +251,7 @@ def trained(
     Raises:
       StoppedError: the keeper wants no more.
     """
-    states, begun = keeper.begin(program, seed, part, steps)
+    states, begun = keeper.begin(program, seed, part, steps, batch_size)
     done, losses = begun.done, list(begun.losses)
     for number, batches in enumerate(passes):
         coming = iter(batches)

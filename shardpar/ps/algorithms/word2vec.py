@@ -199,7 +199,9 @@ def fit(
         for _ in range(options.passes):
             yield batches(sentences_of(sentences, vocabulary), shape, noise, kept, random)
 
-    states, losses = trained(program, seed, passes(), steps, progress, keeper)
+    states, losses = trained(
+        program, seed, passes(), steps, progress, keeper, batch_size=shape.blocks * shape.centres
+    )
     if not any(np.isfinite(losses)):
         raise DataError("no token has another beside it; give sentences of at least two tokens")
     return NodeEmbeddings(program.tables[0].whole(states[0])[0], losses)

@@ -98,7 +98,7 @@ class SparseBatches:
         self._start_at(Position())
 
     def _start_at(self, position: Position) -> None:
-        self._position = position
+        self._position, self._whole = position, True
         self.bad = BadLines(self._bad_share)
         self._batches = self._read(position)
 
@@ -123,6 +123,15 @@ class SparseBatches:
     def epoch(self) -> int:
         """Epochs that were finished."""
         return self._position.epoch
+
+    def end(self) -> None:
+        """Says that an epoch is over, as the first batch of the next does by itself.
+
+        Raises:
+          DataError: too many of its lines are bad, if all of them were seen here.
+        """
+        if self._whole:
+            self.bad.end()
 
     def skip(self, batches: int | None = None) -> int:
         """Goes past so many batches, or all that are left, without parsing a line of them.
@@ -187,15 +196,16 @@ class SparseBatches:
                 yield batch, position
             if position.samples == 0:
                 raise DataError("the data has no sample; give it at least one line")
-            if start.samples == 0:
-                self.bad.end()
-            self.bad = BadLines(self._bad_share)
+            self.end()
+            self.bad, self._whole = BadLines(self._bad_share), True
             start = Position(epoch=start.epoch + 1)
 
     def _epoch(self, start: Position) -> Iterator[tuple[SparseBatch, Position]]:
         parts: list[SparseBatch] = []
         filled, position = 0, start
+        self._whole = self._whole and start.samples == 0
         for number, window in enumerate(self._windows(start)):
+            self._whole = self._whole and len(self._mine) > 0
             # Only the window that a run stopped in begins in its middle, or at its end.
             taken = start.taken if number == 0 else 0
             while taken < window.order.size:
