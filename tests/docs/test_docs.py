@@ -38,6 +38,9 @@ SLOW = {
 }
 """Pages that take more than about ten seconds."""
 
+RAY = {"docs/howto/embeddings.md"}
+"""Pages that start Ray, which one test does at a time."""
+
 
 def runs(path: Path) -> bool:
     return any(isinstance(action, Command | Script) for action in actions(path.read_text()))
@@ -46,7 +49,11 @@ def runs(path: Path) -> bool:
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+        pytest.param(
+            name,
+            marks=[pytest.mark.slow] * (name in SLOW)
+            + [pytest.mark.xdist_group("ray")] * (name in RAY),
+        )
         for name, path in PAGES.items()
         if runs(path)
     ],
