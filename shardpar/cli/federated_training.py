@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,8 @@ import jax
 
 from shardpar.cli.planning import use_devices
 from shardpar.cli.signals import asked_by_signal
-from shardpar.cli.stored import require_same
+from shardpar.cli.stored import earlier_run, require_same
 from shardpar.cli.tables import byte_text, console, print_json
-from shardpar.config.load import load_any
 from shardpar.config.model_source import build_options, find_model, load_model_source
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import FederatedConfig
@@ -51,8 +50,7 @@ def train(
     use_devices(devices)
     started = time.monotonic()
     path = config.train.run_dir
-    if path is not None and RunDirectory(Path(path)).config_yaml.is_file():
-        _require_same_run(config, RunDirectory(Path(path)))
+    _require_same_run(config)
     with asked_by_signal() as signals, Progress() as progress, ExitStack() as stack:
         with progress.phase("reading the data"):
             found = population(config.data)
@@ -174,13 +172,16 @@ def _spend(
     return spending(ledger, federation.privacy.release)
 
 
-def _require_same_run(config: FederatedConfig, directory: RunDirectory) -> None:
+def _require_same_run(config: FederatedConfig) -> None:
     """Refuses to go on with another model, other data or another algorithm than the run had.
 
     Raises:
       ConfigError: naming what differs.
     """
-    then = load_any(str(directory.config_yaml), find_files=False)
+    earlier = earlier_run(config)
+    if earlier is None:
+        return
+    directory, then = earlier
     now_, then_ = _fixed(config), _fixed(then)
     # How many rounds there are decides how much noise each of them has.
     if config.privacy.kind == "none":
@@ -188,13 +189,11 @@ def _require_same_run(config: FederatedConfig, directory: RunDirectory) -> None:
     require_same(directory, then_, now_)
 
 
-def _fixed(config: Any) -> dict[str, Any]:
+def _fixed(config: FederatedConfig) -> dict[str, Any]:
     values: dict[str, Any] = {"model.source": config.model.source}
     values |= {f"model.{key}": value for key, value in config.model.options}
     for section in ("data", "federated", "privacy", "secagg"):
-        part = getattr(config, section, None)
-        if part is not None:
-            values |= {f"{section}.{f.name}": getattr(part, f.name) for f in fields(part)}
+        values |= {f"{section}.{name}": x for name, x in vars(getattr(config, section)).items()}
     for name in _MAY_CHANGE:
         values.pop(name, None)
     return values

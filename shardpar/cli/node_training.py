@@ -18,9 +18,8 @@ import numpy as np
 
 from shardpar.cli.planning import use_devices
 from shardpar.cli.signals import asked_by_signal
-from shardpar.cli.stored import require_same
+from shardpar.cli.stored import earlier_run, require_same
 from shardpar.cli.tables import console, print_json
-from shardpar.config.load import load_any
 from shardpar.config.model_source import build_options, find_model, load_model_source
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import NodesConfig
@@ -137,22 +136,15 @@ def _require_same_run(config: NodesConfig) -> None:
     Raises:
       ConfigError: naming what differs.
     """
-    path = config.train.run_dir
-    if path is None or not RunDirectory(Path(path)).config_yaml.is_file():
-        return
-    directory = RunDirectory(Path(path))
-    then = load_any(str(directory.config_yaml), find_files=False)
-    if not isinstance(then, NodesConfig):
-        raise ConfigError(
-            f"{path} holds a run of another kind, of model.source={then.model.source}; write "
-            "another train.run_dir"
-        )
-    require_same(directory, _fixed(then), _fixed(config))
+    earlier = earlier_run(config)
+    if earlier is not None:
+        directory, then = earlier
+        require_same(directory, _fixed(then), _fixed(config))
 
 
-def _fixed(config: Any) -> dict[str, Any]:
+def _fixed(config: NodesConfig) -> dict[str, Any]:
     values: dict[str, Any] = {"model.source": config.model.source, "train.seed": config.train.seed}
-    values["train.held_share"] = getattr(config.train, "held_share", None)
+    values["train.held_share"] = config.train.held_share
     values |= {f"model.{key}": value for key, value in config.model.options}
     # Files may have moved; the digest of the edges proves that they are the same.
     data = {f"data.{key}": value for key, value in vars(config.data).items() if key != "path"}

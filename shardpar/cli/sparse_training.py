@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -19,13 +19,12 @@ import numpy as np
 from shardpar.capture.model import abstract_model
 from shardpar.cli.planning import use_devices
 from shardpar.cli.signals import asked_by_signal
-from shardpar.cli.stored import require_same
+from shardpar.cli.stored import earlier_run, require_same
 from shardpar.cli.tables import console, print_json
-from shardpar.config.load import load_any
 from shardpar.config.save import to_gin, to_yaml
 from shardpar.config.schema import SparseConfig
 from shardpar.config.tables_model import TablesModel
-from shardpar.errors import ConfigError, DataError, RunError
+from shardpar.errors import DataError, RunError
 from shardpar.lowering.devices import local_cluster
 from shardpar.ps.cluster_loop import ClusterOutcome
 from shardpar.ps.data.batches import eval_batches
@@ -238,27 +237,17 @@ def require_same_run(config: SparseConfig) -> None:
     Raises:
       ConfigError: naming what differs.
     """
-    path = config.train.run_dir
-    if path is None or not RunDirectory(Path(path)).config_yaml.is_file():
-        return
-    directory = RunDirectory(Path(path))
-    then = load_any(str(directory.config_yaml), find_files=False)
-    if not isinstance(then, SparseConfig):
-        raise ConfigError(
-            f"{path} holds a run of another kind, of model.source={then.model.source}; write "
-            "another train.run_dir"
-        )
-    now_, then_ = _fixed(config), _fixed(then)
-    require_same(directory, then_, now_)
+    earlier = earlier_run(config)
+    if earlier is not None:
+        directory, then = earlier
+        require_same(directory, _fixed(then), _fixed(config))
 
 
-def _fixed(config: Any) -> dict[str, Any]:
+def _fixed(config: SparseConfig) -> dict[str, Any]:
     values: dict[str, Any] = {"model.source": config.model.source, "train.seed": config.train.seed}
     values |= {f"model.{key}": value for key, value in config.model.options}
     for section in ("data", "optimizer", "table", "ps"):
-        part = getattr(config, section, None)
-        if part is not None:
-            values |= {f"{section}.{f.name}": getattr(part, f.name) for f in fields(part)}
+        values |= {f"{section}.{name}": x for name, x in vars(getattr(config, section)).items()}
     # Files may have moved; the position in the data proves that they are the same.
     for moved in _MAY_CHANGE:
         values.pop(moved, None)

@@ -21,7 +21,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from shardpar.capture.model import AbstractModel, Init, Loss, abstract_model
+from shardpar.capture.model import AbstractModel, Init, Loss, abstract_model, loss_and_weight
 from shardpar.errors import DataError, PlanError
 from shardpar.lowering.shardings import grid_sharding, replicated
 from shardpar.ps.asked import (
@@ -410,11 +410,7 @@ class SparseProgram:
 
     def _summed(self, model: nnx.Module, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """The loss as a sum and a weight."""
-        result = self._loss(model, batch)
-        if isinstance(result, tuple):
-            return jnp.asarray(result[0], jnp.float32), jnp.asarray(result[1], jnp.float32)
-        samples = next(iter(batch.values())).shape[0]
-        return jnp.asarray(result, jnp.float32) * samples, jnp.float32(samples)
+        return loss_and_weight(self._loss(model, batch), next(iter(batch.values())).shape[0])
 
     def _wanted(
         self,

@@ -81,11 +81,12 @@ def test_a_run_that_was_killed_goes_on_to_the_bits_of_one_that_was_not(tmp_path)
 def test_a_run_goes_on_with_what_it_began_with_only(tmp_path, changes, message):
     directory = RunDirectory(tmp_path)
     directory.config_yaml.write_text(to_yaml(load_any(FEDAVG)))
+    config = load_any(FEDAVG, [*changes, f"train.run_dir={tmp_path}"])
     if message is None:
-        _require_same_run(load_any(FEDAVG, changes), directory)
+        _require_same_run(config)
         return
     with pytest.raises(ConfigError, match=message):
-        _require_same_run(load_any(FEDAVG, changes), directory)
+        _require_same_run(config)
 
 
 @pytest.mark.slow

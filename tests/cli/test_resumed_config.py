@@ -7,9 +7,13 @@ from dataclasses import replace
 import pytest
 
 from shardpar.cli.preparing import resumed_config
+from shardpar.cli.stored import earlier_run
 from shardpar.config.load import load
 from shardpar.config.save import to_yaml
+from shardpar.config.schema import FederatedConfig, NodesConfig, SparseConfig
+from shardpar.errors import ConfigError
 from shardpar.planner.options import PINS, SearchOptions
+from shardpar.ps.data.options import SparseDataOptions
 from shardpar.run.directory import RunDirectory
 
 PLAN = """\
@@ -28,6 +32,7 @@ PINNED = {
     "context": 1, "attention": "gather", "microbatch": 8, "stages": 1, "pipelines": 1,
     "zero": "none", "fix": "head fsdp=1",
 }  # fmt: skip
+CLICKS = SparseConfig(data=SparseDataOptions(format="clicks"))
 FREE = SearchOptions(epsilon=0.01, schedule="fastest")
 
 
@@ -69,3 +74,14 @@ def test_another_plan_drops_what_was_pinned(run, tmp_path):
     file.write_text(run.plan.read_text())
     found = resumed_config(run, [], str(file)).plan
     assert found == replace(FREE, file=str(file))
+
+
+@pytest.mark.parametrize("config", [CLICKS, NodesConfig(), FederatedConfig()])
+def test_a_run_of_another_kind_is_not_gone_on_with(run, config):
+    here = replace(config, train=replace(config.train, run_dir=str(run.path)))
+    with pytest.raises(ConfigError, match=r"a run of another kind, of model\.source=gpt"):
+        earlier_run(here)
+    run.write({"config.yaml": to_yaml(here)})
+    directory, then = earlier_run(here)
+    assert (directory.path, then.train) == (run.path, here.train)
+    assert earlier_run(replace(config, train=replace(config.train, run_dir=None))) is None
